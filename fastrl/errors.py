@@ -1,0 +1,17 @@
+"""The one exception for what a user can get wrong."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: says what was expected, what came and what to do.
+
+    The command line prints it as one line and exits with code 2; every other exception is a defect
+    of the library and keeps its traceback.
+    """
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint naming the known spelling closest to `name`, or all of them if none is close."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
