@@ -10,8 +10,10 @@ class InputError(ValueError):
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """A hint naming the known spelling closest to `name`, or all of them if none is close."""
+    """A hint naming the known spelling closest to `name`; the known ones if they are few."""
     from difflib import get_close_matches
 
     close = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(sorted(known))}" if len(known) <= 20 else "no known name is close"

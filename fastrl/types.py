@@ -21,7 +21,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Example:
-    """One record of a task: a prompt, its reference answer where there is one, and other columns."""
+    """One record of a task: a prompt, its reference answer if any, and other columns."""
 
     prompt: str | list[Message]
     answer: str | None = None

@@ -1,0 +1,80 @@
+"""From a config to the objects that train it, with every check that needs no compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastrl.advantages import NEEDS_GROUPS
+from fastrl.config import Config
+from fastrl.encoding import encode_solution
+from fastrl.errors import InputError
+from fastrl.methods import resolve_method
+from fastrl.policy import Policy, load_policy, new_policy
+from fastrl.rewards import check_rewards, load_rewards
+from fastrl.tasks import Task, load_task
+from fastrl.trainer import Trainer
+
+TOKENIZER_SAMPLE = 2048
+"""Training examples whose text a fresh tokenizer is learnt from."""
+
+
+def build_trainer(config: Config, directory: Path | None = None) -> Trainer:
+    """Task, rewards, policy and method of a config; the policy from `directory` if one is given."""
+    method = resolve_method(config.method, config.objective)
+    if method.advantage in NEEDS_GROUPS and config.rollout.num_generations < 2:
+        raise InputError(
+            f"rollout.num_generations must be at least 2 for method {config.method!r} (advantage "
+            f"{method.advantage}), got {config.rollout.num_generations}; raise it or use reinforce"
+        )
+    longest = config.rollout.max_prompt_length + config.rollout.max_completion_length - 1
+    if longest > config.max_tokens_per_pass:
+        raise InputError(
+            f"max_tokens_per_pass must hold one prompt and completion, at least {longest} tokens "
+            f"(max_prompt_length + max_completion_length - 1), got {config.max_tokens_per_pass}"
+        )
+    if not config.task:
+        raise InputError("no task given; set task = 'reasoning_gym:NAME' or 'jsonl:PATH'")
+    task = load_task(
+        config.task,
+        config.task_args,
+        seed=config.seed,
+        eval_size=config.data.eval_size,
+        eval_path=config.data.eval_path,
+        answer_tag=config.data.answer_tag,
+        system_prompt=config.data.system_prompt,
+    )
+    rewards = load_rewards(config.rewards, config.reward_weights, task)
+    check_rewards(rewards, task.train_example(0))
+    policy = _policy(config, task, directory)
+    trainer = Trainer(config, policy, task, rewards, method)
+    _check_lengths(config, trainer)
+    return trainer
+
+
+def _policy(config: Config, task: Task, directory: Path | None) -> Policy:
+    if directory is not None:
+        return load_policy(config.model, directory)
+    if config.model.path is not None:
+        if config.model.architecture:
+            raise InputError("model.path and model.architecture exclude each other; remove one")
+        return load_policy(config.model, config.model.path)
+    if not config.model.architecture:
+        raise InputError("no model given; set model.path or model.architecture")
+    examples = [task.train_example(index) for index in range(TOKENIZER_SAMPLE)]
+    texts = [f"{example.prompt}{example.answer or ''}" for example in examples]
+    return new_policy(config.model, texts, seed=config.seed)
+
+
+def _check_lengths(config: Config, trainer: Trainer) -> None:
+    """One prompt and, for a warm start, one solution must fit before anything is spent."""
+    example = trainer.task.train_example(0)
+    trainer.encode([example])
+    positions = getattr(trainer.policy.model.config.get_text_config(), "max_position_embeddings", 0)
+    needed = config.rollout.max_prompt_length + config.rollout.max_completion_length
+    if positions and needed > positions:
+        raise InputError(
+            f"max_prompt_length + max_completion_length is {needed} tokens but the model has "
+            f"{positions} positions; lower them"
+        )
+    if config.warm_start.steps:
+        encode_solution(example, trainer.policy.tokenizer)

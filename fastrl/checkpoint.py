@@ -1,0 +1,129 @@
+"""Checkpoints that are either whole or absent, in Hugging Face format.
+
+A run directory holds `checkpoint-N` after N steps, or `warm-start-K` while the supervised warm
+start was interrupted after K steps. Random streams are functions of the seed and the step, so they
+need no saving.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastrl.errors import InputError
+from fastrl.policy import Policy
+
+_NAME = re.compile(r"(warm-start|checkpoint)-(\d+)")
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Everything but weights and optimizer moments that the next step depends on."""
+
+    step: int = 0
+    warm_start_step: int = 0
+    num_tokens: int = 0  # prompt and completion tokens seen in rollouts so far
+    train_seconds: float = 0.0
+    pass_at_1_before: float | None = None
+
+    @property
+    def directory_name(self) -> str:
+        """Where this state is saved, below the run directory."""
+        if self.pass_at_1_before is None:
+            return f"warm-start-{self.warm_start_step}"
+        return f"checkpoint-{self.step}"
+
+
+def save_checkpoint(
+    run_directory: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainerState
+) -> Path:
+    """Write model, tokenizer, optimizer and state; the directory appears when it is whole."""
+    target = run_directory / state.directory_name
+    if target.exists():
+        return target  # a state is a function of the run and the step: what is there is the same
+    with _renamed_when_whole(target) as partial:
+        policy.save(partial)
+        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+        text = json.dumps(dataclasses.asdict(state), indent=2)
+        (partial / "trainer_state.json").write_text(text, encoding="utf-8")
+    return target
+
+
+def save_policy(directory: Path, policy: Policy) -> None:
+    """Write model and tokenizer to `directory`, whole or not at all, replacing what is there."""
+    with _renamed_when_whole(directory) as partial:
+        policy.save(partial)
+
+
+def newest_checkpoint(run_directory: Path) -> Path | None:
+    """The checkpoint to continue from, or None if the run has none yet."""
+    found = _all_checkpoints(run_directory)
+    return found[-1] if found else None
+
+
+def remove_old_checkpoints(run_directory: Path, *, keep: int) -> None:
+    """Delete all but the `keep` newest."""
+    checkpoints = _all_checkpoints(run_directory)
+    for path in checkpoints[: max(0, len(checkpoints) - keep)]:
+        shutil.rmtree(path)
+
+
+def load_state(checkpoint: Path) -> TrainerState:
+    """The saved trainer state."""
+    path = checkpoint / "trainer_state.json"
+    try:
+        return TrainerState(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{checkpoint} is not a FastRL checkpoint: {error}") from error
+
+
+def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Put the saved moments back into an optimizer over the same parameters."""
+    path = checkpoint / "optimizer.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(saved)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot restore the optimizer from {path}: {error}") from error
+
+
+def _all_checkpoints(run_directory: Path) -> list[Path]:
+    """Oldest first; every checkpoint of the warm start is older than every one after it."""
+    matches = [
+        (match[1] == "checkpoint", int(match[2]), path)
+        for path in run_directory.iterdir()
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    ]
+    return [path for _, _, path in sorted(matches)]
+
+
+class _renamed_when_whole:
+    """A directory to fill: it appears under its name on success and vanishes on failure."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.partial = target.with_name(f".partial-{target.name}")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        return self.partial
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            return
+        for path in self.partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        if self.target.exists():
+            shutil.rmtree(self.target)
+        self.partial.rename(self.target)

@@ -1,0 +1,230 @@
+"""The command line: fastrl train | eval | methods | tasks | doctor."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastrl.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from fastrl.config import Config
+
+USAGE = """usage: fastrl COMMAND [ARGUMENTS]
+
+Reinforcement learning of language models on memory-constrained hardware.
+
+commands:
+  train CONFIG.toml [--FIELD VALUE ...] [--overwrite]   train as a config file says
+  train --resume RUN [--FIELD VALUE ...]                continue from the newest checkpoint
+  eval RUN_OR_CONFIG [--FIELD VALUE ...] [--json PATH]  pass@k on the held-out prompts
+  methods                                               policy-optimisation methods and their axes
+  tasks [WORD]                                          tasks to train on, with their parameters
+  doctor                                                what is installed and which kernels will run
+
+`fastrl train --help` lists every field with its default."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("fastrl-llm"))
+        return 0
+    command = COMMANDS.get(words[0])
+    try:
+        if command is None:
+            hint = nearest(words[0], list(COMMANDS))
+            raise InputError(f"unknown command {words[0]!r}; {hint}")
+        return command(words[1:])
+    except InputError as error:
+        print(f"fastrl: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastrl: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _train(words: list[str]) -> int:
+    overwrite = _take_switch(words, "--overwrite")
+    resume = _take_value(words, "--resume")
+    if resume is not None:
+        if overwrite:
+            raise InputError("--resume and --overwrite exclude each other; give one")
+        run_directory = Path(resume)
+        if not (run_directory / "config.toml").is_file():
+            raise InputError(f"no run to resume in {resume}: it has no config.toml")
+        words = [str(run_directory / "config.toml"), *words, "--output-dir", resume]
+    config = _config(words, "fastrl train CONFIG.toml")
+    _quiet_libraries()
+    from fastrl.run import Interrupted, train
+
+    try:
+        summary = train(config, overwrite=overwrite, resume=resume is not None)
+    except Interrupted as stop:
+        print(f"fastrl: {stop}", file=sys.stderr)
+        return 130
+    print(
+        f"held-out pass@1 {summary['pass_at_1_before']:.3f} -> {summary['pass_at_1_after']:.3f} in "
+        f"{summary['steps']} steps, {summary['train_seconds']:.0f} s; see {config.output_dir}"
+    )
+    return 0
+
+
+def _eval(words: list[str]) -> int:
+    json_path = _take_value(words, "--json")
+    if not words or words[0].startswith("-"):
+        raise InputError("give a run directory or a config: fastrl eval RUN_OR_CONFIG")
+    run_directory = Path(words[0]) if Path(words[0]).is_dir() else None
+    if run_directory is not None:
+        if not (run_directory / "config.toml").is_file():
+            raise InputError(f"{run_directory} is not a run: it has no config.toml")
+        words = [str(run_directory / "config.toml"), *words[1:]]
+    config = _config(words, "fastrl eval RUN_OR_CONFIG")
+    _quiet_libraries()
+    from fastrl.run import evaluate
+
+    evaluation = evaluate(config, run_directory)
+    _print_table(
+        ("measure", "value"),
+        [(name, f"{value:.4f}") for name, value in evaluation.metrics.items()],
+        title=f"{evaluation.num_prompts} held-out prompts, {evaluation.num_samples} samples each",
+    )
+    if json_path is not None:
+        record = {
+            "task": config.task,
+            "num_prompts": evaluation.num_prompts,
+            "num_samples": evaluation.num_samples,
+            **evaluation.metrics,
+        }
+        Path(json_path).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _methods(words: list[str]) -> int:
+    _no_more(words)
+    from fastrl.methods import AXES, METHODS
+
+    _print_table(
+        ("method", "advantage", "surrogate", "clip", "aggregation", "beta", "source"),
+        [
+            (
+                method.name, method.advantage, method.surrogate,
+                f"{method.epsilon_low:g}, {method.epsilon_high:g}" if method.clips else "-",
+                method.aggregation, f"{method.beta:g}", method.source,
+            )
+            for method in METHODS.values()
+        ],
+        title="methods: --method NAME",
+    )  # fmt: skip
+    _print_table(
+        ("axis", "choice", "meaning"),
+        [
+            (f"--objective.{axis}", name, (function.__doc__ or "").splitlines()[0])
+            for axis, choices in AXES.items()
+            for name, function in choices.items()
+        ],
+        title="axes: override any of them",
+    )
+    return 0
+
+
+def _tasks(words: list[str]) -> int:
+    from fastrl.tasks import list_tasks
+
+    word = words.pop(0) if words else ""
+    _no_more(words)
+    rows = [(task.name, task.parameters) for task in list_tasks() if word in task.name]
+    if not rows:
+        raise InputError(f"no task has {word!r} in its name; fastrl tasks lists all of them")
+    _print_table(("task", "parameters (task_args)"), rows, title=f"{len(rows)} tasks")
+    return 0
+
+
+def _doctor(words: list[str]) -> int:
+    _no_more(words)
+    from fastrl.doctor import examine
+
+    _print_table(("what", "state"), examine(), title="fastrl doctor")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "methods": _methods,
+    "tasks": _tasks,
+    "doctor": _doctor,
+}
+
+
+def _config(words: list[str], prog: str) -> Config:
+    """The config file named first, with the flags behind it applied."""
+    from fastrl.config import Config
+    from fastrl.config_io import load_config, override_config
+
+    if {"-h", "--help"} & set(words):
+        return override_config(Config(), ["--help"], prog)  # prints and exits
+    if not words or words[0].startswith("-"):
+        raise InputError(f"give a config file first: {prog}")
+    return override_config(load_config(words[0]), words[1:], prog)
+
+
+def _take_switch(words: list[str], name: str) -> bool:
+    found = name in words
+    if found:
+        words.remove(name)
+    return found
+
+
+def _take_value(words: list[str], name: str) -> str | None:
+    if name not in words:
+        return None
+    index = words.index(name)
+    if index + 1 >= len(words) or words[index + 1].startswith("-"):
+        raise InputError(f"{name} needs a value")
+    value = words[index + 1]
+    del words[index : index + 2]
+    return value
+
+
+def _no_more(words: list[str]) -> None:
+    if words:
+        raise InputError(f"unexpected argument {words[0]!r}; see fastrl --help")
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    table = Table(*header, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, markup=False)
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and hints of libraries would cut through our own output."""
+    import logging
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; a lookup would only hang
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

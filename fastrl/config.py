@@ -1,0 +1,226 @@
+"""Every option of a run: one typed tree, from which the TOML format and the command line are made.
+
+Names follow TRL where TRL has one. There are no divisibility rules: a step is `prompts_per_step`
+prompts with `num_generations` completions each, and `max_tokens_per_pass` alone cuts it into
+passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values a numeric field may take, both ends included unless `open_low`."""
+
+    low: float
+    high: float = float("inf")
+    open_low: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (value > self.low if self.open_low else value >= self.low) and value <= self.high
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        return low if self.high == float("inf") else f"{low} and at most {self.high:g}"
+
+
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, open_low=True)]
+NonNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where prompts are held out and how they become text."""
+
+    eval_size: Count = 128
+    """Held-out prompts; no training prompt equals one of them."""
+    eval_path: str | None = None
+    """JSONL file of held-out records; without it they are split off the training file."""
+    answer_tag: str | None = None
+    """The verifier sees what stands between <TAG> and </TAG>; without it, the whole completion."""
+    system_prompt: str | None = None
+    """A system message put before every prompt; needs a tokenizer with a chat template."""
+    chat_template: bool | None = None
+    """Wrap text prompts as a chat turn; by default where the tokenizer has a chat template."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy: a Hugging Face directory, or a fresh model of the given architecture."""
+
+    path: str | None = None
+    """Directory with config, safetensors and tokenizer files in Hugging Face format."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Fields of a transformers config, `model_type` among them, for a fresh policy."""
+    tokenizer_vocab_size: Annotated[int, Range(64)] = 320
+    """Vocabulary of the tokenizer that a fresh policy learns from the task's own text."""
+    device: str = "auto"
+    """Where to train: auto, cpu, cuda or cuda:N."""
+    bf16: bool = False
+    """Run the forward pass under bfloat16 autocast; weights and optimizer stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled."""
+
+    num_generations: Count = 8
+    """Completions a prompt gets (G); they share the prompt's forward pass in training."""
+    max_prompt_length: Count = 512
+    """Longest prompt in tokens; a longer one is an error, it is never cut."""
+    max_completion_length: Count = 256
+    """Longest completion in tokens, the end-of-sequence token included."""
+    temperature: Positive = 1.0
+    """Sampling temperature; log-probabilities are of softmax(logits / temperature)."""
+    top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0
+    """Sample from the smallest set of tokens with this much probability."""
+    top_k: CountOrZero = 0
+    """Sample from this many most likely tokens; 0 is all of them."""
+    min_p: Fraction = 0.0
+    """Drop tokens less likely than this fraction of the most likely one."""
+    engine: str = "generate"
+    """What samples: generate (transformers, one batch)."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Overrides of the method, axis by axis; what is not given is the method's own choice."""
+
+    advantage: str | None = None
+    """Advantage estimator, see `fastrl methods`."""
+    surrogate: str | None = None
+    """What is maximised per token, see `fastrl methods`."""
+    regulariser: str | None = None
+    """Per-token penalty towards the reference policy: k1_score, k2 or k3."""
+    aggregation: str | None = None
+    """How tokens are averaged over the optimizer step, see `fastrl methods`."""
+    epsilon_low: Fraction | None = None
+    """How far below 1 the ratio may fall before its gradient stops."""
+    epsilon_high: NonNegative | None = None
+    """How far above 1 the ratio may rise before its gradient stops."""
+    beta: NonNegative | None = None
+    """Weight of the regulariser; 0 keeps no reference policy in memory."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the exact entropy bonus."""
+    num_iterations: Count = 1
+    """Optimizer steps on the same completions."""
+    mask_truncated_completions: bool = False
+    """Leave out completions that the length limit cut."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: Positive = 1e-6
+    """Peak step size."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up; linear and cosine end at zero on the last step."""
+    warmup_steps: CountOrZero = 0
+    """Steps over which the step size rises linearly from zero."""
+    adam_beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Fraction = 0.999
+    """Decay of the second moment."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled decay of matrices; vectors and embeddings of norms are left alone."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this global norm."""
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Supervised steps on the task's own solutions before reinforcement learning."""
+
+    steps: CountOrZero = 0
+    """Optimizer steps; 0 for none."""
+    batch_size: Count = 64
+    """Solutions a step."""
+    learning_rate: Positive = 1e-3
+    """Peak step size, reached over a tenth of the steps, then falling as a cosine to zero."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation: sampled completions, scored like those of training."""
+
+    eval_steps: CountOrZero = 0
+    """Evaluate every so many steps; always before the first and after the last. 0: only those."""
+    num_samples: Count = 4
+    """Completions a held-out prompt gets; pass@k is given for the powers of two up to it."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature; 0 takes the most likely token."""
+    pass_threshold: float = 1.0
+    """The reward from which a completion counts as correct."""
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    """What a run leaves on disk, and how often."""
+
+    save_steps: CountOrZero = 0
+    """Checkpoint every so many steps; 0: only when interrupted."""
+    save_total_limit: Count = 2
+    """Newest checkpoints kept."""
+    completions_per_step: CountOrZero = 4
+    """Completions written to completions.jsonl each step, with their rewards."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    task: str = ""
+    """What to learn: reasoning_gym:NAME (see `fastrl tasks`) or jsonl:PATH."""
+    task_args: dict[str, Any] = field(default_factory=dict)
+    """Parameters of the task's generator."""
+    rewards: tuple[str, ...] = ("task",)
+    """What scores a completion: task, math, exact, MODULE:FUNCTION or FILE.py:FUNCTION."""
+    reward_weights: tuple[float, ...] | None = None
+    """One factor a reward; by default 1 each."""
+    method: str = "grpo"
+    """Policy-optimisation method, see `fastrl methods`."""
+    output_dir: str = "runs/run"
+    """Where the run writes; must not already hold one, unless resumed or overwritten."""
+    seed: CountOrZero = 0
+    """Same seed, same bits."""
+    max_steps: Count = 100
+    """Rollout batches to train on."""
+    prompts_per_step: Count = 8
+    """Prompts a step (P); the step trains on P * num_generations completions."""
+    max_tokens_per_pass: Count = 4096
+    """Most packed tokens in one forward and backward pass; a prompt counts once for its group."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+
+    @property
+    def completions_per_step(self) -> int:
+        """B, the completions of one step."""
+        return self.prompts_per_step * self.rollout.num_generations
+
+    @property
+    def sections(self) -> Mapping[str, Any]:
+        """The nested tables by name."""
+        return {
+            name: getattr(self, name)
+            for name in ("data", "model", "rollout", "objective", "optim", "warm_start",
+                         "eval", "save")
+        }  # fmt: skip

@@ -1,0 +1,40 @@
+"""What is installed, what GPU there is, and which kernels will run."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+EXTRAS = (
+    "peft", "bitsandbytes", "torchao", "flash-attn", "liger-kernel", "vllm", "ray", "trl", "wandb",
+)  # fmt: skip
+REQUIRED = ("torch", "triton", "transformers", "reasoning-gym", "math-verify")
+KERNELS = ("linear_logps", "segment_attention")
+
+
+def examine() -> list[tuple[str, str]]:
+    """(what, state) lines, most important first."""
+    rows = [("fastrl-llm", _version("fastrl-llm")), ("python", platform.python_version())]
+    rows += [(name, _version(name)) for name in REQUIRED]
+    rows.append(("GPU", _gpu()))
+    rows += [(f"kernel {name}", "torch; triton: not in this version") for name in KERNELS]
+    rows += [(f"extra {name}", _version(name)) for name in EXTRAS]
+    return rows
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return "none" if built is None else f"none (torch is built for CUDA {built})"
+    properties = torch.cuda.get_device_properties(0)
+    memory = properties.total_memory / 2**30
+    return f"{properties.name}, {memory:.0f} GiB, sm_{properties.major}{properties.minor}"

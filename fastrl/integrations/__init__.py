@@ -1,0 +1,1 @@
+"""FastRL's parts inside other people's libraries."""

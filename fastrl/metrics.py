@@ -1,0 +1,161 @@
+"""The numbers of a step, in TRL's names where it has one.
+
+Legend: B completions, S trained tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrl.loss import PassLoss
+from fastrl.packing import PackedPass
+from fastrl.selection import zero_spread_fraction
+from fastrl.types import Rewards, Rollouts, StepMetrics
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """What the last pass over each trained token showed: (S,) each, on the CPU."""
+
+    logps: Tensor
+    old_logps: Tensor
+    entropies: Tensor
+    advantages: Tensor
+    rollout_logps: Tensor | None
+    ref_logps: Tensor | None
+
+
+class Stopwatch:
+    """Wall-clock seconds of the phases of a step."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap belongs to `name`."""
+        now = time.perf_counter()
+        self.laps[name] = now - self.last
+        self.last = now
+
+
+def rollout_metrics(rollouts: Rollouts, rewards: Rewards, *, pass_threshold: float) -> StepMetrics:
+    """Rewards and completion lengths of one step."""
+    lengths = rollouts.lengths.double()
+    terminated = lengths[rollouts.finished]
+    groups = rewards.total.double().view(-1, rollouts.num_generations)
+    metrics = {
+        "reward": float(rewards.total.double().mean()),
+        "reward_std": float(groups.std(dim=1, correction=0).mean()),
+        "pass_rate": float((rewards.total >= pass_threshold).double().mean()),
+        "frac_reward_zero_std": zero_spread_fraction(rewards.total, rollouts.num_generations),
+        "completions/clipped_ratio": float((~rollouts.finished).double().mean()),
+    }
+    for name, values in (("length", lengths), ("terminated_length", terminated)):
+        for statistic in ("mean", "min", "max"):
+            value = float(getattr(values, statistic)()) if len(values) else 0.0
+            metrics[f"completions/{statistic}_{name}"] = value
+    for name, part in rewards.parts.items():
+        applied = part[~part.isnan()].double()
+        metrics[f"rewards/{name}/mean"] = float(applied.mean()) if len(applied) else math.nan
+        metrics[f"rewards/{name}/std"] = float(applied.std(correction=0)) if len(applied) else 0.0
+    return metrics
+
+
+def token_metrics(
+    record: TokenRecord | None, *, epsilon_low: float, epsilon_high: float
+) -> StepMetrics:
+    """Entropy, clipping and divergences over the trained tokens; none if nothing was trained."""
+    if record is None:
+        return {}
+    ratios = (record.logps - record.old_logps).clamp(-20, 20).exp()
+    low = (ratios < 1 - epsilon_low) & (record.advantages < 0)
+    high = (ratios > 1 + epsilon_high) & (record.advantages > 0)
+    metrics = {
+        "entropy": float(record.entropies.mean()),
+        "clip_ratio/low_mean": float(low.double().mean()),
+        "clip_ratio/high_mean": float(high.double().mean()),
+        "clip_ratio/region_mean": float((low | high).double().mean()),
+    }
+    if record.ref_logps is not None:
+        delta = (record.logps - record.ref_logps).clamp(-20, 20)
+        metrics["kl"] = float(((-delta).exp() - 1 + delta).mean())
+    if record.rollout_logps is not None:
+        # The sampler and the trainer run the same weights: what is left is rounding.
+        difference = (record.old_logps - record.rollout_logps).abs()
+        metrics["sampling/sampling_logp_difference/mean"] = float(difference.mean())
+        metrics["sampling/sampling_logp_difference/max"] = float(difference.max())
+    return metrics
+
+
+def packing_metrics(passes: Sequence[PackedPass]) -> StepMetrics:
+    """How many passes the step took and what sharing prompts saved."""
+    packed = sum(len(item.plan.input_ids) for item in passes)
+    unshared = sum(item.plan.num_unshared_tokens for item in passes)
+    return {
+        "packing/passes": float(len(passes)),
+        "packing/tokens": float(packed),
+        "packing/token_ratio": unshared / packed if packed else 1.0,
+    }
+
+
+def speed_metrics(
+    watch: Stopwatch, rollouts: Rollouts, passes: Sequence[PackedPass]
+) -> StepMetrics:
+    """Seconds a phase; sampled tokens a second and packed training tokens a second."""
+    num_sampled = int(rollouts.lengths.sum())
+    num_packed = sum(len(item.plan.input_ids) for item in passes)
+    return {
+        "step_time": watch.last - watch.started,
+        **{f"time/{name}": seconds for name, seconds in watch.laps.items()},
+        "tokens_per_second/rollout": num_sampled / watch.laps["rollout"],
+        "tokens_per_second/train": num_packed / watch.laps["train"],
+    }
+
+
+def record_tokens(
+    rollouts: Rollouts, passes: Sequence[PackedPass], losses: Sequence[PassLoss]
+) -> TokenRecord | None:
+    """The trained tokens of all passes side by side; None if there are none."""
+    if not passes:
+        return None
+
+    def gather(values: Iterable[Tensor | None]) -> Tensor | None:
+        present = [value for value in values if value is not None]
+        return torch.cat(present).double().cpu() if present else None
+
+    batches = [item.batch for item in passes]
+    rows = torch.cat([batch.completion_index.unique_consecutive() for batch in batches]).tolist()
+    sampled = rollouts.rollout_logps
+    logps = gather(loss.logps for loss in losses)
+    entropies = gather(loss.entropies for loss in losses)
+    old_logps = gather(batch.old_logps for batch in batches)
+    advantages = gather(batch.advantages for batch in batches)
+    assert logps is not None
+    assert entropies is not None
+    assert old_logps is not None
+    assert advantages is not None
+    return TokenRecord(
+        logps=logps,
+        old_logps=old_logps,
+        entropies=entropies,
+        advantages=advantages,
+        rollout_logps=None if sampled is None else gather(sampled[row] for row in rows),
+        ref_logps=gather(batch.ref_logps for batch in batches),
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory so far: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

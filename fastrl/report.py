@@ -1,0 +1,137 @@
+"""What a run leaves behind: metrics, completions, TensorBoard events, a curve and a summary."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fastrl.config import Config
+from fastrl.evaluate import Evaluation
+from fastrl.trainer import StepOutput
+
+
+class RunLog:
+    """Appends every step to the run's files; a resumed run drops what lies past its checkpoint."""
+
+    def __init__(self, directory: Path, config: Config, *, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.config = config
+        self._metrics = _open_truncated(directory / "metrics.jsonl", step)
+        self._completions = _open_truncated(directory / "completions.jsonl", step)
+        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        for file in (self._metrics, self._completions, self._events):
+            file.close()
+
+    def step(self, step: int, output: StepOutput) -> None:
+        """Metrics and a sample of completions of one training step, counted from 1."""
+        self._write(step, output.metrics)
+        total = len(output.texts)
+        wanted = min(self.config.save.completions_per_step, total)
+        for row in (index * total // wanted for index in range(wanted)):
+            example = output.rollouts.prompts.examples[row // output.rollouts.num_generations]
+            record = {
+                "step": step,
+                "prompt": example.prompt,
+                "completion": output.texts[row],
+                "answer": example.answer,
+                "reward": float(output.rewards.total[row]),
+                "rewards": {
+                    name: _number(part[row]) for name, part in output.rewards.parts.items()
+                },
+                "finished": bool(output.rollouts.finished[row]),
+            }
+            self._completions.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._completions.flush()
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """A held-out evaluation after `step` training steps."""
+        self._write(step, evaluation.metrics)
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
+        numbers = {name: _number(value) for name, value in metrics.items()}
+        self._metrics.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._metrics.flush()
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+
+
+def write_summary(directory: Path, config: Config, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Write summary.json: the results with what they were measured on."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    summary = {
+        **results,
+        "task": config.task,
+        "method": config.method,
+        "seed": config.seed,
+        "device": device or platform.machine(),
+        "num_threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "reasoning-gym")},
+    }
+    text = json.dumps(summary, indent=2) + "\n"
+    (directory / "summary.json").write_text(text, encoding="utf-8")
+    return summary
+
+
+def draw_curve(directory: Path) -> None:
+    """curve.png: pass rate of the training completions and held-out pass@1 over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_metrics(directory)
+    steps = [row for row in rows if "pass_rate" in row]
+    evaluations = [row for row in rows if "eval_pass@1" in row]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(
+        [row["step"] for row in steps], [row["pass_rate"] for row in steps],
+        color="tab:blue", alpha=0.4, linewidth=1, label="pass rate of training completions",
+    )  # fmt: skip
+    axes.plot(
+        [row["step"] for row in evaluations], [row["eval_pass@1"] for row in evaluations],
+        color="tab:orange", marker="o", label="held-out pass@1",
+    )  # fmt: skip
+    axes.set(xlabel="training step", ylabel="fraction correct", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(directory / "curve.png", dpi=120)
+    pyplot.close(figure)
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _number(value: Any) -> float | None:
+    """JSON has no NaN: a value that does not exist is null."""
+    number = float(value)
+    return number if number == number else None
+
+
+def _open_truncated(path: Path, step: int) -> Any:
+    """Open for appending after the last whole line of at most `step`."""
+    kept = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    path.write_text("".join(kept), encoding="utf-8")
+    return path.open("a", encoding="utf-8")

@@ -1,0 +1,253 @@
+"""A whole training run: checks first, then warm start, training, evaluation and results."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrl.assembly import build_trainer
+from fastrl.checkpoint import (
+    TrainerState,
+    load_optimizer,
+    load_state,
+    newest_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+    save_policy,
+)
+from fastrl.config import Config
+from fastrl.config_io import save_config
+from fastrl.errors import InputError
+from fastrl.evaluate import Evaluation, evaluate_policy
+from fastrl.metrics import peak_memory_bytes
+from fastrl.policy import load_policy
+from fastrl.progress import make_progress
+from fastrl.report import RunLog, draw_curve, write_summary
+from fastrl.run_directory import check_disk, clear, starting_point
+from fastrl.seeding import make_generator
+from fastrl.trainer import StepOutput, Trainer
+from fastrl.types import Prompts
+from fastrl.warm_start import WarmStart
+
+
+class Interrupted(Exception):
+    """The user asked to stop; a checkpoint has been written."""
+
+
+def train(config: Config, *, overwrite: bool = False, resume: bool = False) -> Mapping[str, Any]:
+    """Train as `config` says and return the summary; all that can be checked is checked first.
+
+    Raises InputError for what the user can mend and Interrupted after a clean stop on Ctrl-C.
+    """
+    run_directory = Path(config.output_dir)
+    checkpoint = starting_point(run_directory, overwrite=overwrite, resume=resume)
+    run = _prepare(config, run_directory, checkpoint)
+    check_disk(run_directory, run.trainer.policy)
+    if overwrite:
+        clear(run_directory)
+    run_directory.mkdir(parents=True, exist_ok=True)
+    save_config(config, run_directory / "config.toml")
+    return run.execute()
+
+
+class Run:
+    """One run in progress: the trainer, its state and its logs."""
+
+    def __init__(
+        self, config: Config, directory: Path, trainer: Trainer, state: TrainerState,
+        checkpoint: Path | None,
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.directory = directory
+        self.trainer = trainer
+        self.state = state
+        self.checkpoint = checkpoint
+        self.eval_prompts = trainer.encode(trainer.task.eval_examples())
+
+    def execute(self) -> Mapping[str, Any]:
+        """Warm start, train, evaluate and write the results."""
+        with (
+            _stop_requests() as stop,
+            RunLog(self.directory, self.config, step=self.state.step) as log,
+            make_progress(self.config) as progress,
+        ):
+            self.log, self.progress, self.stop = log, progress, stop
+            if self.state.pass_at_1_before is None:
+                self._warm_start()
+            self._reference()
+            evaluation = self._train()
+        save_policy(self.directory / "final", self.trainer.policy)
+        draw_curve(self.directory)
+        return write_summary(self.directory, self.config, self._summary(evaluation))
+
+    def _warm_start(self) -> None:
+        """Supervised steps, then the evaluation that training is measured against."""
+        phase = WarmStart(self.config, self.trainer)
+        if self.checkpoint is not None:
+            load_optimizer(self.checkpoint, phase.optimizer)
+        for step in range(self.state.warm_start_step, self.config.warm_start.steps):
+            started = time.perf_counter()
+            loss = phase.train_step(step)
+            self._advance(time.perf_counter() - started, warm_start_step=step + 1)
+            self.progress.warm_start(step + 1, loss)
+            if self.stop.requested:
+                self._interrupt(phase.optimizer)
+        before = _evaluate(self.trainer, self.eval_prompts)
+        self.state = dataclasses.replace(self.state, pass_at_1_before=before.pass_at[1])
+        self._show(0, before)
+        self.checkpoint = None
+        if self.config.save.save_steps:
+            self._save(self.trainer.optimizer)
+
+    def _reference(self) -> None:
+        """Freeze the policy that training starts from, where the method stays close to it."""
+        trainer = self.trainer
+        if trainer.method.beta == 0.0 or trainer.reference is not None:
+            return
+        trainer.reference = trainer.policy.frozen_copy()
+        save_policy(self.directory / "reference", trainer.reference)
+
+    def _train(self) -> Evaluation:
+        config, trainer = self.config, self.trainer
+        if self.checkpoint is not None:
+            load_optimizer(self.checkpoint, trainer.optimizer)
+        evaluation = None
+        for step in range(self.state.step, config.max_steps):
+            evaluation = None
+            started = time.perf_counter()
+            try:
+                output = trainer.train_step(step)
+            except InputError:  # a reward failed before anything was updated: keep the work so far
+                self._save(trainer.optimizer)
+                raise
+            self._advance(
+                time.perf_counter() - started,
+                step=step + 1,
+                num_tokens=self.state.num_tokens + _num_tokens(output),
+            )
+            output.metrics["num_tokens"] = float(self.state.num_tokens)
+            self.log.step(step + 1, output)
+            self.progress.step(step + 1, output.metrics)
+            if config.eval.eval_steps and (step + 1) % config.eval.eval_steps == 0:
+                evaluation = _evaluate(self.trainer, self.eval_prompts)
+                self._show(step + 1, evaluation)
+            if config.save.save_steps and (step + 1) % config.save.save_steps == 0:
+                self._save(trainer.optimizer)
+            if self.stop.requested and step + 1 < config.max_steps:
+                self._interrupt(trainer.optimizer)
+        if evaluation is None:
+            evaluation = _evaluate(self.trainer, self.eval_prompts)
+            self._show(config.max_steps, evaluation)
+        return evaluation
+
+    def _show(self, step: int, evaluation: Evaluation) -> None:
+        self.log.evaluation(step, evaluation)
+        self.progress.evaluation(step, evaluation.metrics)
+
+    def _advance(self, seconds: float, **changes: Any) -> None:
+        total = self.state.train_seconds + seconds
+        self.state = dataclasses.replace(self.state, train_seconds=total, **changes)
+
+    def _save(self, optimizer: torch.optim.Optimizer) -> Path:
+        path = save_checkpoint(self.directory, self.trainer.policy, optimizer, self.state)
+        remove_old_checkpoints(self.directory, keep=self.config.save.save_total_limit)
+        return path
+
+    def _interrupt(self, optimizer: torch.optim.Optimizer) -> None:
+        path = self._save(optimizer)
+        raise Interrupted(
+            f"stopped; continue with: fastrl train --resume {self.directory} (saved {path.name})"
+        )
+
+    def _summary(self, evaluation: Evaluation) -> dict[str, Any]:
+        seconds = self.state.train_seconds
+        return {
+            "pass_at_1_before": self.state.pass_at_1_before,
+            "pass_at_1_after": evaluation.pass_at[1],
+            "pass_at_k_after": {str(k): value for k, value in evaluation.pass_at.items()},
+            "train_seconds": seconds,
+            "steps": self.state.step,
+            "warm_start_steps": self.state.warm_start_step,
+            "num_tokens": self.state.num_tokens,
+            "tokens_per_second": self.state.num_tokens / seconds if seconds else 0.0,
+            "peak_memory_bytes": peak_memory_bytes(self.trainer.policy.device),
+            "num_parameters": self.trainer.policy.num_parameters,
+        }
+
+
+def evaluate(config: Config, run_directory: Path | None) -> Evaluation:
+    """Held-out evaluation of a finished or running run, or of the model a config names."""
+    directory = None
+    if run_directory is not None:
+        final = run_directory / "final"
+        directory = final if final.is_dir() else newest_checkpoint(run_directory)
+        if directory is None:
+            raise InputError(f"{run_directory} has neither final nor a checkpoint to evaluate")
+    trainer = build_trainer(config, directory)
+    return _evaluate(trainer, trainer.encode(trainer.task.eval_examples()))
+
+
+def _evaluate(trainer: Trainer, prompts: Prompts) -> Evaluation:
+    """The config's evaluation, with the same draws at every call."""
+    settings = trainer.config.eval
+    sampling = dataclasses.replace(
+        trainer.sampling, num_generations=settings.num_samples, temperature=settings.temperature
+    )
+    return evaluate_policy(
+        trainer.engine,
+        trainer.policy.tokenizer,
+        prompts,
+        trainer.rewards,
+        sampling,
+        make_generator(trainer.policy.device, trainer.config.seed, "eval"),
+        pass_threshold=settings.pass_threshold,
+    )
+
+
+def _prepare(config: Config, directory: Path, checkpoint: Path | None) -> Run:
+    trainer = build_trainer(config, checkpoint)
+    if checkpoint is None:
+        return Run(config, directory, trainer, TrainerState(), None)
+    state = load_state(checkpoint)
+    if state.step > config.max_steps:
+        raise InputError(f"max_steps is {config.max_steps} but {checkpoint.name} is past it")
+    if (directory / "reference").is_dir() and trainer.method.beta > 0.0:
+        trainer.reference = load_policy(config.model, directory / "reference").frozen_copy()
+    return Run(config, directory, trainer, state, checkpoint)
+
+
+def _num_tokens(output: StepOutput) -> int:
+    prompts = sum(len(ids) for ids in output.rollouts.prompts.token_ids)
+    return prompts * output.rollouts.num_generations + int(output.rollouts.lengths.sum())
+
+
+class _StopRequest:
+    requested = False
+
+
+@contextmanager
+def _stop_requests() -> Iterator[_StopRequest]:
+    """The first Ctrl-C asks for a stop after the current step; the second one aborts at once."""
+    stop = _StopRequest()
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)

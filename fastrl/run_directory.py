@@ -1,0 +1,60 @@
+"""What a run may write where: nothing of the user's is ever overwritten unasked."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from fastrl.checkpoint import newest_checkpoint, remove_old_checkpoints
+from fastrl.errors import InputError
+from fastrl.policy import Policy
+
+RUN_FILES = ("config.toml", "metrics.jsonl", "completions.jsonl", "curve.png", "summary.json")
+RUN_FOLDERS = ("tensorboard", "reference", "final")
+
+
+def starting_point(directory: Path, *, overwrite: bool, resume: bool) -> Path | None:
+    """The checkpoint to continue from; refuses to write over anything that was not asked for."""
+    holds_run = (directory / "config.toml").is_file()
+    if resume:
+        if not holds_run:
+            raise InputError(f"no run to resume in {directory}: it has no config.toml")
+        return newest_checkpoint(directory)
+    if holds_run and not overwrite:
+        raise InputError(
+            f"{directory} already holds a run; continue it with --resume {directory}, replace it "
+            "with --overwrite or choose another --output-dir"
+        )
+    if (
+        directory.exists()
+        and not holds_run
+        and (not directory.is_dir() or any(directory.iterdir()))
+    ):
+        raise InputError(f"{directory} exists and is not a FastRL run; choose another --output-dir")
+    return None
+
+
+def clear(directory: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    if not directory.exists():
+        return
+    for name in RUN_FILES:
+        (directory / name).unlink(missing_ok=True)
+    for name in RUN_FOLDERS:
+        shutil.rmtree(directory / name, ignore_errors=True)
+    remove_old_checkpoints(directory, keep=0)
+
+
+def check_disk(directory: Path, policy: Policy) -> None:
+    """Room for the checkpoints (weights and two moments each) and the final weights."""
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
+    needed = 8 * weights + 2**24
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(
+            f"not enough disk space for {directory}: {needed / 2**20:.0f} MiB needed, "
+            f"{free / 2**20:.0f} MiB free; choose another --output-dir"
+        )

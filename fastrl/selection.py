@@ -1,0 +1,34 @@
+"""Which completions count, and which of them need work at all.
+
+Legend: B completions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastrl.types import Rollouts
+
+
+def counted_lengths(rollouts: Rollouts, *, mask_truncated_completions: bool) -> Tensor:
+    """(B,) int64 lengths for the averages: zero where a truncated completion is to be left out."""
+    lengths = rollouts.lengths
+    return lengths * rollouts.finished if mask_truncated_completions else lengths
+
+
+def with_gradient(advantages: Tensor, lengths: Tensor, *, has_penalty: bool) -> Tensor:
+    """(B,) bool: completions whose gradient is not zero by construction.
+
+    A zero advantage without a regulariser or an entropy bonus (`has_penalty`) gives exactly zero
+    gradient, so the row need not be encoded. It still counts in every denominator.
+    """
+    counted = lengths > 0
+    return counted if has_penalty else counted & (advantages != 0)
+
+
+def zero_spread_fraction(rewards: Tensor, num_generations: int) -> float:
+    """Fraction of groups whose completions all scored alike and so teach a group method nothing."""
+    groups = rewards.view(-1, num_generations)
+    alike = groups.amax(dim=1) == groups.amin(dim=1)
+    return float(torch.mean(alike.float()))

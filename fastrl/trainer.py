@@ -1,0 +1,240 @@
+"""One training step, from prompts to new weights.
+
+Legend: P prompts, G num_generations, B = P*G completions, N packed tokens, S trained tokens, D
+hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl.advantages import ADVANTAGES
+from fastrl.aggregation import AGGREGATIONS
+from fastrl.config import Config
+from fastrl.encoding import decode_completions, encode_prompts
+from fastrl.loss import PassLoss, policy_pass_loss
+from fastrl.methods import Method
+from fastrl.metrics import (
+    GIB,
+    Stopwatch,
+    packing_metrics,
+    peak_memory_bytes,
+    record_tokens,
+    rollout_metrics,
+    speed_metrics,
+    token_metrics,
+)
+from fastrl.optim import make_adamw, scheduled_learning_rate, set_learning_rate
+from fastrl.packing import PackedPass, pack_rollouts
+from fastrl.policy import Policy
+from fastrl.rewards import Reward, score_completions
+from fastrl.rollout import Sampling, make_engine
+from fastrl.seeding import make_generator
+from fastrl.selection import counted_lengths, with_gradient
+from fastrl.tasks import Task
+from fastrl.types import Example, Prompts, Rewards, Rollouts, StepMetrics
+from fastrl_kernels import linear_logps
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step did, for the logs."""
+
+    metrics: StepMetrics
+    rollouts: Rollouts
+    texts: list[str]
+    rewards: Rewards
+
+
+class Update(NamedTuple):
+    """What the optimizer did with a step: its last iteration, pass by pass."""
+
+    learning_rate: float
+    grad_norm: float
+    passes: tuple[PackedPass, ...]
+    losses: tuple[PassLoss, ...]
+
+
+class Trainer:
+    """Holds what lives from step to step: the policy, its optimizer and the frozen reference."""
+
+    def __init__(
+        self, config: Config, policy: Policy, task: Task, rewards: Sequence[Reward],
+        method: Method, reference: Policy | None = None,
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.policy = policy
+        self.task = task
+        self.rewards = tuple(rewards)
+        self.method = method
+        self.reference = reference
+        self.engine = make_engine(config.rollout.engine, policy)
+        self.sampling = Sampling(
+            num_generations=config.rollout.num_generations,
+            max_completion_length=config.rollout.max_completion_length,
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            min_p=config.rollout.min_p,
+        )
+        self.optimizer = make_adamw(
+            policy.model,
+            learning_rate=config.optim.learning_rate,
+            weight_decay=config.optim.weight_decay,
+            betas=(config.optim.adam_beta1, config.optim.adam_beta2),
+        )
+
+    def train_step(self, step: int) -> StepOutput:
+        """Step `step` (from 0): a function of weights, optimizer state, seed and `step`."""
+        watch = Stopwatch()
+        prompts = self.prompts(step)
+        rollouts = self.rollouts(prompts, step)
+        watch.lap("rollout")
+        texts = decode_completions(rollouts.completion_ids, self.policy.tokenizer)
+        rewards = score_completions(rollouts, texts, self.rewards)
+        watch.lap("score")
+        advantages = self.advantages(rewards)
+        weights, kept = self.select(rollouts, advantages)
+        passes = self.pack(rollouts, kept, advantages, weights)
+        update = self.update(passes, step)
+        watch.lap("train")
+        metrics = self.metrics(step, rollouts, rewards, update, watch)
+        return StepOutput(metrics, rollouts, texts, rewards)
+
+    def prompts(self, step: int) -> Prompts:
+        """P prompts; a cursor that is a function of the step, behind those of the warm start."""
+        P = self.config.prompts_per_step
+        first = self.config.warm_start.steps * self.config.warm_start.batch_size + step * P
+        return self.encode([self.task.train_example(first + i) for i in range(P)])
+
+    def encode(self, examples: Sequence[Example]) -> Prompts:
+        """Examples as token ids under the run's limits."""
+        return encode_prompts(
+            examples,
+            self.policy.tokenizer,
+            max_prompt_length=self.config.rollout.max_prompt_length,
+            chat_template=self.config.data.chat_template,
+        )
+
+    def rollouts(self, prompts: Prompts, step: int) -> Rollouts:
+        """G completions of every prompt from the current weights."""
+        generator = make_generator(self.policy.device, self.config.seed, "rollout", step)
+        return self.engine.generate(prompts, self.sampling, generator)
+
+    def advantages(self, rewards: Rewards) -> Tensor:
+        """(B,) float64."""
+        estimate = ADVANTAGES[self.method.advantage]
+        return estimate(rewards.total.double(), self.sampling.num_generations)
+
+    def select(self, rollouts: Rollouts, advantages: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) weights over the whole step, and (B,) bool: the rows whose gradient is not zero."""
+        objective = self.config.objective
+        lengths = counted_lengths(
+            rollouts, mask_truncated_completions=objective.mask_truncated_completions
+        )
+        weights = AGGREGATIONS[self.method.aggregation](
+            lengths, rollouts.num_generations, self.sampling.max_completion_length
+        )
+        has_penalty = self.method.beta > 0 or objective.entropy_coef > 0
+        return weights, with_gradient(advantages, lengths, has_penalty=has_penalty)
+
+    def pack(
+        self, rollouts: Rollouts, kept: Tensor, advantages: Tensor, weights: Tensor
+    ) -> list[PackedPass]:
+        """The kept rows as packed passes, with the log-probabilities of the reference if any."""
+        passes = pack_rollouts(
+            rollouts,
+            kept,
+            advantages,
+            weights,
+            max_tokens_per_pass=self.config.max_tokens_per_pass,
+            device=self.policy.device,
+            dtype=self.policy.lm_head.weight.dtype,
+        )
+        return passes if self.reference is None else [self._with_ref_logps(p) for p in passes]
+
+    def update(self, passes: Sequence[PackedPass], step: int) -> Update:
+        """`num_iterations` optimizer steps; none if there is no row to learn from."""
+        learning_rate = scheduled_learning_rate(self.config.optim, step, self.config.max_steps)
+        set_learning_rate(self.optimizer, learning_rate)
+        result = Update(learning_rate, 0.0, tuple(passes), ())
+        for _ in range(self.config.objective.num_iterations if passes else 0):
+            losses = self._backward(passes)
+            passes = _with_old_logps(passes, losses)
+            result = Update(learning_rate, self._optimizer_step(), tuple(passes), tuple(losses))
+        return result
+
+    @torch.no_grad()
+    def _with_ref_logps(self, item: PackedPass) -> PackedPass:
+        """The pass with log-probabilities under the reference, through the same plan."""
+        assert self.reference is not None
+        hidden = self.reference.hidden_states(item.plan)
+        out = linear_logps(
+            hidden[item.plan.source_index],
+            self.reference.lm_head,
+            item.plan.target_ids,
+            temperature=self.sampling.temperature,
+        )
+        return PackedPass(item.plan, dataclasses.replace(item.batch, ref_logps=out.logps))
+
+    def _backward(self, passes: Sequence[PackedPass]) -> list[PassLoss]:
+        """Accumulate the gradient of the whole step, one pass in memory at a time."""
+        losses = []
+        for item in passes:
+            loss = policy_pass_loss(
+                self.policy.hidden_states(item.plan),
+                self.policy.lm_head,
+                item.batch,
+                objective=self.method.objective,
+                temperature=self.sampling.temperature,
+                entropy_coef=self.config.objective.entropy_coef,
+            )
+            loss.loss.backward()
+            losses.append(loss._replace(loss=loss.loss.detach()))
+        return losses
+
+    def _optimizer_step(self) -> float:
+        """Clip, step and clear the gradient; returns its norm before clipping."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(
+            parameters, self.config.optim.max_grad_norm, error_if_nonfinite=True
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def metrics(
+        self, step: int, rollouts: Rollouts, rewards: Rewards, update: Update, watch: Stopwatch
+    ) -> StepMetrics:
+        """Everything that is logged about the step."""
+        threshold = self.config.eval.pass_threshold
+        return {
+            "loss": sum(float(item.loss) for item in update.losses),
+            "grad_norm": update.grad_norm,
+            "learning_rate": update.learning_rate,
+            **rollout_metrics(rollouts, rewards, pass_threshold=threshold),
+            **token_metrics(
+                record_tokens(rollouts, update.passes, update.losses),
+                epsilon_low=self.method.epsilon_low,
+                epsilon_high=self.method.epsilon_high,
+            ),
+            **packing_metrics(update.passes),
+            **speed_metrics(watch, rollouts, update.passes),
+            "memory/peak_gib": peak_memory_bytes(self.policy.device) / GIB,
+        }
+
+
+def _with_old_logps(passes: Sequence[PackedPass], losses: Sequence[PassLoss]) -> list[PackedPass]:
+    """The first iteration's log-probabilities are the old policy's: no extra forward."""
+    return [
+        item
+        if item.batch.old_logps is not None
+        else PackedPass(item.plan, dataclasses.replace(item.batch, old_logps=loss.logps))
+        for item, loss in zip(passes, losses, strict=True)
+    ]
