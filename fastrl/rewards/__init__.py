@@ -5,10 +5,10 @@ Legend: P prompts, G num_generations, B = P*G completions.
 
 from __future__ import annotations
 
-from math import isfinite
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite, nan  # here `math` is the submodule, after it has been imported
 
 import torch
 
@@ -94,7 +94,7 @@ def _score(
     for reward in rewards:
         scores = reward.function(examples, texts, completion_ids)
         part = torch.tensor(
-            [math.nan if score is None else score for score in scores], dtype=torch.float32
+            [nan if score is None else score for score in scores], dtype=torch.float32
         )
         parts[reward.name] = part
         total += reward.weight * part.nan_to_num(nan=0.0)

@@ -13,7 +13,7 @@ from fastrl_kernels import LMHead
 from fastrl_kernels.linear_logps import chunked
 from fastrl_kernels.linear_logps.plan import plan_for, round_up
 
-S, D, V, R = 517, 33, 1237, 5
+S, D, V, R = 131, 33, 1237, 5
 
 
 class MemoryLog(TorchDispatchMode):

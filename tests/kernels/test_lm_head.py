@@ -44,7 +44,7 @@ def make_model(family: str, options: dict[str, Any], dtype: torch.dtype) -> nn.M
 
 
 def next_token_logps(model: nn.Module, head: LMHead) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of a random row by linear_logps, and by log_softmax of the model's logits."""
+    """Log-probabilities of a random row: by linear_logps, and from the model's logits."""
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(3, 83, (1, 17), generator=generator)
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_adapters_that_are_more_than_lora_raise(change: dict[str, Any], message:
 
 def test_dropout_bias_and_other_wrappers_raise() -> None:
     layer = LoraLinear(dropout=0.1)
-    with pytest.raises(ValueError, match="lora_dropout=0.1"):
+    with pytest.raises(ValueError, match="lora_dropout="):
         LMHead.from_model(FakeModel(layer))
     assert LMHead.from_model(FakeModel(layer.eval())).lora_scale == 2.0
     with pytest.raises(ValueError, match="lora_bias"):

@@ -187,9 +187,11 @@ def test_bad_records_are_reported_with_their_line(tmp_path, line, message):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(InputError, match="cannot read the task file .*missing.jsonl: No such file"):
+    with pytest.raises(
+        InputError, match=r"cannot read the task file .*missing.jsonl: No such file"
+    ):
         load(tmp_path / "missing.jsonl")
-    with pytest.raises(InputError, match="cannot read the task file .*: Is a directory"):
+    with pytest.raises(InputError, match=r"cannot read the task file .*: Is a directory"):
         load(tmp_path)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")

@@ -52,7 +52,7 @@ def test_the_reference_answer_scores_one_and_another_does_not(name):
     for example in [*task.eval_examples(), task.train_example(17)]:
         assert task.score(example.answer, example) == 1.0
         assert task.score(f"  {example.answer}\n", example) == 1.0
-        assert task.score("-123456789", example) < 0.1
+        assert task.score("@@", example) < 0.1
         assert example.columns["metadata"] is example.columns["entry"]["metadata"]
 
 
@@ -135,8 +135,7 @@ def test_an_expression_that_takes_forever_is_wrong(monkeypatch, caplog):
 
 def test_time_limit_ends_the_block_and_leaves_no_alarm():
     with pytest.raises(TimeLimitExceeded), time_limit(0.05):
-        while True:
-            pass
+        time.sleep(5.0)
     with time_limit(0.05):
         pass
     time.sleep(0.1)
@@ -240,7 +239,9 @@ def broken(monkeypatch):
 
 @pytest.mark.usefixtures("broken")
 def test_a_generator_that_fails_is_reported_with_its_parameters():
-    with pytest.raises(InputError, match="could not make a problem with max_n=1: no problem; "):
+    with pytest.raises(
+        InputError, match="could not make a problem with min_n=1, max_n=1: no problem; "
+    ):
         gym("broken", {"min_n": 1, "max_n": 1})
 
 
