@@ -66,9 +66,9 @@ def _policy(config: Config, task: Task, directory: Path | None) -> Policy:
 
 
 def _check_lengths(config: Config, trainer: Trainer) -> None:
-    """One prompt and, for a warm start, one solution must fit before anything is spent."""
-    example = trainer.task.train_example(0)
-    trainer.encode([example])
+    """Prompts, positions and, for a warm start, solutions must fit before anything is spent."""
+    first = [trainer.task.train_example(index) for index in range(config.prompts_per_step)]
+    trainer.encode([*first, *trainer.task.known_examples()])
     positions = getattr(trainer.policy.model.config.get_text_config(), "max_position_embeddings", 0)
     needed = config.rollout.max_prompt_length + config.rollout.max_completion_length
     if positions and needed > positions:
@@ -77,4 +77,5 @@ def _check_lengths(config: Config, trainer: Trainer) -> None:
             f"{positions} positions; lower them"
         )
     if config.warm_start.steps:
-        encode_solution(example, trainer.policy.tokenizer)
+        for example in (*first, *trainer.task.known_examples()):
+            encode_solution(example, trainer.policy.tokenizer)

@@ -25,6 +25,9 @@ class Task(Protocol):
     def eval_examples(self) -> list[Example]:
         """The held-out examples, always in the same order."""
 
+    def known_examples(self) -> list[Example]:
+        """What can be checked before a run: the whole of a file, the held-out set of a generator."""
+
     def score(self, completion: str, example: Example) -> float:
         """The verifier's score of a completion; InputError where has_verifier is False."""
 

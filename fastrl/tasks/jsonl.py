@@ -67,6 +67,10 @@ class JsonlTask:
         """The records of eval_path, or those taken out of the file."""
         return list(self._eval)
 
+    def known_examples(self) -> list[Example]:
+        """Every record, training and held out."""
+        return self._train + self._eval
+
     def score(self, completion: str, example: Example) -> float:
         """Not possible: a file has no verifier."""
         raise InputError(

@@ -77,6 +77,10 @@ class ProceduralTask:
         """The held-out problems, all different."""
         return list(self._eval_examples)
 
+    def known_examples(self) -> list[Example]:
+        """The held-out problems: training problems do not exist before they are drawn."""
+        return self.eval_examples()
+
     def score(self, completion: str, example: Example) -> float:
         """reasoning_gym's own score of the answer, partial credit included.
 

@@ -1,4 +1,4 @@
-"""Rounding of linear_logps against float64: extreme logits, low precision, and exactly equal bits."""
+"""Rounding of linear_logps against float64: extreme logits, low precision, exactly equal bits."""
 
 from collections.abc import Iterator
 
