@@ -156,8 +156,8 @@ def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> PreTrainedToken
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    # The spaces before a word belong to it, so that a whole instruction can become few tokens.
-    split = Regex(r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]|\s")
+    # What stands between numbers may merge freely: a task's fixed wording becomes few tokens.
+    split = Regex(r"\p{N}|[^\p{N}]+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(split, behavior="isolated"),
@@ -195,7 +195,9 @@ def _placed(model: Any, config: ModelConfig) -> Any:
     """The model where it trains, in training mode (dropout is refused when a plan is attached)."""
     model = model.to(resolve_device(config.device)).train()
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Newer transformers call it activation checkpointing.
+        new_name = getattr(model, "activation_checkpointing_enable", None)
+        (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model
 
 

@@ -5,8 +5,9 @@ Legend: N packed tokens, H heads, K head size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,12 +26,40 @@ def segment_attention_enabled(model: nn.Module) -> Iterator[None]:
     """Within the block every attention layer of `model` follows the segments it is given."""
     check_model(model)
     assert isinstance(model, PreTrainedModel)
+    with _attention_implementation(model), _recomputed_alike(model):
+        yield
+
+
+@contextmanager
+def _attention_implementation(model: PreTrainedModel) -> Iterator[None]:
     previous = model.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
     try:
         yield
     finally:
         model.set_attn_implementation(previous)
+
+
+@contextmanager
+def _recomputed_alike(model: PreTrainedModel) -> Iterator[None]:
+    """Let checkpointed layers find segment attention again when backward recomputes them.
+
+    Backward may run after the block, when the model has its own attention back: recomputing with that
+    would give wrong gradients without an error.
+    """
+    layers = [
+        module for module in model.modules() if getattr(module, "gradient_checkpointing", False)
+    ]
+    originals = [layer._gradient_checkpointing_func for layer in layers]
+    for layer, original in zip(layers, originals, strict=True):
+        layer._gradient_checkpointing_func = functools.partial(
+            original, context_fn=lambda: (nullcontext(), _attention_implementation(model))
+        )
+    try:
+        yield
+    finally:
+        for layer, original in zip(layers, originals, strict=True):
+            layer._gradient_checkpointing_func = original
 
 
 def check_model(model: nn.Module) -> None:
@@ -87,8 +116,8 @@ def _attention(
             f"{type(module).__name__} adds a mask or bias of its own, which a packed row lacks"
         )
     out = segment_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
+        query[0].transpose(0, 1).to(value.dtype),  # autocast leaves rotated queries in float32
+        key[0].transpose(0, 1).to(value.dtype),
         value[0].transpose(0, 1),
         segments,
         scale=scaling,
