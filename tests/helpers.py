@@ -78,3 +78,8 @@ def random_rollouts(
         rollout_logps=None,
         finished=torch.ones(len(flat), dtype=torch.bool),
     )
+
+
+def checksum(prompts: list[str], completions: list[str]) -> list[float]:
+    """A reward that differs from completion to completion even for a policy that knows nothing."""
+    return [sum(map(ord, completion)) % 7 / 6 for completion in completions]

@@ -1,4 +1,4 @@
-"""Who may import what: read off the sources, so that a forbidden import cannot hide in a function."""
+"""Who may import what, read off the sources: no import can hide inside a function."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PURE = ("types", "tasks", "rewards", "advantages", "aggregation", "selection", "packing", "encoding")
+PURE = (
+    "types",
+    "tasks",
+    "rewards",
+    "advantages",
+    "aggregation",
+    "selection",
+    "packing",
+    "encoding",
+)
 TRANSFORMERS_HOMES = ("policy", "rollout", "integrations")
-OPTIONAL = {"peft", "bitsandbytes", "torchao", "flash_attn", "liger_kernel", "vllm", "ray", "trl", "wandb"}  # fmt: skip
+OPTIONAL = {
+    "peft", "bitsandbytes", "torchao", "flash_attn", "liger_kernel", "vllm", "ray", "trl", "wandb",
+}  # fmt: skip
 
 
 def modules(root: Path, package: str) -> dict[str, Path]:
@@ -77,7 +88,9 @@ def test_pure_stages_know_no_model_and_no_kernel(module):
 def test_transformers_is_imported_where_models_live(module):
     names = {n for n in imports(FASTRL[module]) if n.split(".")[0] == "transformers"}
     # The command line silences its progress bars, inside one function.
-    allowed = {"transformers.utils", "transformers.utils.logging"} if module == "fastrl.cli" else set()
+    allowed = (
+        {"transformers.utils", "transformers.utils.logging"} if module == "fastrl.cli" else set()
+    )
     assert belongs(module, TRANSFORMERS_HOMES) or names <= allowed
 
 
@@ -108,6 +121,10 @@ def test_there_is_no_package_called_kernels():
 
 @pytest.mark.parametrize("statement", ["import fastrl", "import fastrl.cli, fastrl.config"])
 def test_importing_the_package_loads_no_torch(statement):
-    code = f"{statement}; import sys; print('torch' in sys.modules or 'transformers' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    code = (
+        f"{statement}; import sys; print('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "False"

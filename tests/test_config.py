@@ -86,7 +86,7 @@ def test_bad_files(tmp_path, text, message):
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match="cannot read config .*nowhere.toml: No such file"):
+    with pytest.raises(InputError, match=r"cannot read config .*nowhere\.toml: No such file"):
         load_config(tmp_path / "nowhere.toml")
 
 

@@ -135,5 +135,5 @@ def test_training_mode_is_restored(policy):
 
 
 def test_unknown_engine_is_named(policy):
-    with pytest.raises(InputError, match="unknown rollout.engine 'generat'; did you mean"):
+    with pytest.raises(InputError, match=r"unknown rollout\.engine 'generat'; did you mean"):
         make_engine("generat", policy)

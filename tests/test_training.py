@@ -1,0 +1,209 @@
+"""Whole runs in process: same seed same bits, exact resume, real directories and files."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastrl.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RolloutConfig,
+    SaveConfig,
+    WarmStartConfig,
+)
+from fastrl.report import read_metrics
+from fastrl.run import evaluate, train
+from tests.helpers import TINY, tiny_policy
+
+TIMES = ("time", "tokens_per_second", "memory")
+
+
+def tiny_config(output_dir, **changes) -> Config:
+    config = Config(
+        task="reasoning_gym:chain_sum",
+        task_args={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+        rewards=(f"{Path(__file__).parent / 'helpers.py'}:checksum", "task"),
+        output_dir=str(output_dir),
+        max_steps=4,
+        prompts_per_step=3,
+        max_tokens_per_pass=128,
+        data=DataConfig(eval_size=8),
+        model=ModelConfig(architecture={"model_type": "qwen3", **TINY}),
+        rollout=RolloutConfig(num_generations=4, max_prompt_length=48, max_completion_length=5),
+        optim=OptimConfig(learning_rate=1e-3),
+        warm_start=WarmStartConfig(steps=6, batch_size=8),
+        eval=EvalConfig(num_samples=2),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def numbers(directory):
+    """metrics.jsonl without what the clock decides."""
+    return [
+        {k: v for k, v in row.items() if not any(word in k for word in TIMES)}
+        for row in read_metrics(directory)
+    ]
+
+
+def weights(directory):
+    return load_file(directory / "final" / "model.safetensors")
+
+
+def assert_same_run(first, second):
+    assert numbers(first) == numbers(second)
+    for name, value in weights(first).items():
+        assert torch.equal(value, weights(second)[name]), name
+    completions = [(d / "completions.jsonl").read_text() for d in (first, second)]
+    assert completions[0] == completions[1]
+
+
+def test_same_seed_same_bits(tmp_path):
+    for name in ("a", "b"):
+        train(tiny_config(tmp_path / name))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    train(tiny_config(tmp_path / "c", seed=1))
+    assert numbers(tmp_path / "a") != numbers(tmp_path / "c")
+
+
+def test_a_run_leaves_what_it_promises(tmp_path):
+    summary = train(tiny_config(tmp_path / "run", eval=EvalConfig(eval_steps=2, num_samples=2)))
+    run = tmp_path / "run"
+    names = {path.name for path in run.iterdir()}
+    assert {"config.toml", "metrics.jsonl", "completions.jsonl", "curve.png", "final"} <= names
+    assert list((run / "tensorboard").glob("events.*"))
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    for key in ("pass_at_1_before", "pass_at_1_after", "train_seconds", "steps",
+                "peak_memory_bytes", "tokens_per_second"):  # fmt: skip
+        assert summary[key] is not None
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows if "eval_pass@1" in row] == [0, 2, 4]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    for name in ("reward", "reward_std", "frac_reward_zero_std", "grad_norm", "learning_rate",
+                 "num_tokens", "completions/mean_length", "completions/clipped_ratio",
+                 "rewards/task/mean", "step_time", "packing/token_ratio"):  # fmt: skip
+        assert all(row[name] is not None for row in steps), name
+    sample = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    assert len(sample) == 4 * 4
+    assert set(sample[0]) >= {"step", "prompt", "completion", "reward", "finished"}
+
+
+def test_evaluate_reads_a_run_and_repeats_its_last_evaluation(tmp_path):
+    config = tiny_config(tmp_path / "run")
+    summary = train(config)
+    evaluation = evaluate(config, tmp_path / "run")
+    assert evaluation.pass_at[1] == summary["pass_at_1_after"]
+
+
+@pytest.mark.parametrize("checkpoint_step", [2, 4])
+def test_resume_is_exact(tmp_path, checkpoint_step):
+    """A run that went on from a checkpoint ends like one that never stopped."""
+    objective = ObjectiveConfig(beta=0.05, num_iterations=2)
+    whole = tiny_config(tmp_path / "whole", max_steps=6, objective=objective)
+    train(whole)
+    save = SaveConfig(save_steps=checkpoint_step)
+    parted = dataclasses.replace(whole, output_dir=str(tmp_path / "parted"), save=save)
+    train(dataclasses.replace(parted, max_steps=5))
+    # What came after the checkpoint must be forgotten, a half-written line included.
+    with (tmp_path / "parted" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')
+    train(parted, resume=True)
+    rows = [row for row in numbers(tmp_path / "parted") if "loss" in row]
+    assert rows == [row for row in numbers(tmp_path / "whole") if "loss" in row]
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "parted")[name]), name
+
+
+def test_old_checkpoints_are_removed(tmp_path):
+    save = SaveConfig(save_steps=1, save_total_limit=2)
+    train(tiny_config(tmp_path / "run", save=save))
+    kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert kept == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_penalty_pulls_towards_the_reference(tmp_path):
+    divergence = []
+    for beta in (1e-6, 100.0):
+        objective = ObjectiveConfig(beta=beta, regulariser="k2")
+        run = tmp_path / f"beta-{beta}"
+        train(tiny_config(run, max_steps=12, objective=objective))
+        assert (run / "reference" / "model.safetensors").is_file()
+        rows = [row for row in read_metrics(run) if "kl" in row]
+        assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-9)
+        divergence.append(rows[-1]["kl"])
+    assert 0 < divergence[1] < 0.5 * divergence[0]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_training_on_a_model_directory_and_a_jsonl_file(tmp_path, chat):
+    """Any Hugging Face directory, prompts with answers or chat messages, a reward of the user's."""
+    policy = tiny_policy()
+    if chat:
+        policy.tokenizer.chat_template = (
+            "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]{% endif %}"
+        )
+    policy.save(tmp_path / "model")
+    with (tmp_path / "data.jsonl").open("w") as file:
+        for a in range(12):
+            question = f"What is {a} + {a}?"
+            turns = [{"role": "user", "content": question}]
+            record = {"messages": turns} if chat else {"prompt": question}
+            file.write(json.dumps({**record, "answer": str(2 * a), "level": a}) + "\n")
+    (tmp_path / "rewards.py").write_text(
+        "def short(prompts, completions, answer, level, **columns):\n"
+        "    texts = [c if isinstance(c, str) else c[0]['content'] for c in completions]\n"
+        "    assert all(int(a) == 2 * n for a, n in zip(answer, level))\n"
+        "    return [1.0 / (1 + len(text)) for text in texts]\n"
+    )
+    config = tiny_config(
+        tmp_path / "run",
+        task=f"jsonl:{tmp_path / 'data.jsonl'}",
+        task_args={},
+        rewards=("math", f"{tmp_path / 'rewards.py'}:short"),
+        reward_weights=(1.0, 0.5),
+        model=ModelConfig(path=str(tmp_path / "model")),
+        data=DataConfig(eval_size=3),
+        warm_start=WarmStartConfig(),
+    )
+    train(config)
+    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    for row in rows:
+        total = row["rewards/math/mean"] + 0.5 * row["rewards/short/mean"]
+        assert row["reward"] == pytest.approx(total, abs=1e-6)
+    before, after = load_file(tmp_path / "model" / "model.safetensors"), weights(tmp_path / "run")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    if chat:
+        first = json.loads((tmp_path / "run" / "completions.jsonl").read_text().splitlines()[0])
+        assert first["prompt"][0]["role"] == "user"
+
+
+def test_rewards_that_all_agree_leave_the_policy_alone(tmp_path):
+    (tmp_path / "flat.py").write_text(
+        "def one(prompts, completions):\n    return [1.0] * len(prompts)\n"
+    )
+    config = tiny_config(
+        tmp_path / "run", rewards=(f"{tmp_path / 'flat.py'}:one",), warm_start=WarmStartConfig()
+    )
+    train(config)
+    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert {row["grad_norm"] for row in rows} == {0.0}
+    assert {row["packing/tokens"] for row in rows} == {0.0}
+    assert {row["frac_reward_zero_std"] for row in rows} == {1.0}
+
+
+@pytest.mark.parametrize("method", ["dr_grpo", "lite_ppo", "cispo", "rloo", "reinforce"])
+def test_every_method_trains(tmp_path, method):
+    config = tiny_config(tmp_path / "run", method=method, max_steps=2)
+    train(config)
+    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert all(row["grad_norm"] > 0 for row in rows)
