@@ -195,7 +195,7 @@ def test_bad_commands(capsys, words, message):
         (["--rollout.max-prompt-length", "127", "--max-tokens-per-pass", "500"], "128 positions"),
         (["--model.path", "nowhere"], "model.path and model.architecture exclude each other"),
         (["--model.device", "gpu"], "model.device must be auto, cpu, cuda or cuda:N"),
-        (["--data.system-prompt", "Be brief."], "chat template"),
+        (["--data.system-prompt", "x", "--rewards", "task"], "chat template"),
     ],
 )
 def test_bad_configs_write_nothing(capsys, tmp_path, config, flags, message):
@@ -280,11 +280,17 @@ def test_a_broken_jsonl_line_is_numbered(capsys, tmp_path, config):
     tiny_policy().save(tmp_path / "model")
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": \n')
-    text = CONFIG.split("[model.architecture]")[0].replace(
-        'task = "reasoning_gym:chain_sum"', f'task = "jsonl:{data}"'
+    config.write_text(
+        f"""
+task = "jsonl:{data}"
+rewards = ["exact"]
+[model]
+path = "{tmp_path / "model"}"
+[rollout]
+max_prompt_length = 48
+max_completion_length = 4
+"""
     )
-    text = text.replace("[task_args]\nmin_terms = 2\nmax_terms = 2\n", "")
-    config.write_text(f'{text}\n[model]\npath = "{tmp_path / "model"}"\n')
     assert "data.jsonl:2" in run_refused(
         capsys, "train", config, "--output-dir", tmp_path / "run"
     )  # fmt: skip

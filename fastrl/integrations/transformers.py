@@ -44,8 +44,8 @@ def _attention_implementation(model: PreTrainedModel) -> Iterator[None]:
 def _recomputed_alike(model: PreTrainedModel) -> Iterator[None]:
     """Let checkpointed layers find segment attention again when backward recomputes them.
 
-    Backward may run after the block, when the model has its own attention back: recomputing with that
-    would give wrong gradients without an error.
+    Backward may run after the block, when the model has its own attention back: recomputing with
+    that would give wrong gradients without an error.
     """
     layers = [
         module for module in model.modules() if getattr(module, "gradient_checkpointing", False)

@@ -26,7 +26,7 @@ class Task(Protocol):
         """The held-out examples, always in the same order."""
 
     def known_examples(self) -> list[Example]:
-        """What can be checked before a run: the whole of a file, the held-out set of a generator."""
+        """What can be checked before a run: a whole file, the held-out set of a generator."""
 
     def score(self, completion: str, example: Example) -> float:
         """The verifier's score of a completion; InputError where has_verifier is False."""
@@ -101,7 +101,7 @@ def list_tasks() -> list[TaskSummary]:
 def _refuse_for_jsonl(args: Mapping[str, Any], answer_tag: str | None) -> None:
     if args:
         raise InputError(
-            f"a jsonl task has no parameters, got {', '.join(sorted(args))}; remove them"
+            f"a jsonl task takes no task_args, got {', '.join(sorted(args))}; remove them"
         )
     if answer_tag is not None:
         raise InputError(

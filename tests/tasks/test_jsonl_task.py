@@ -213,7 +213,7 @@ def test_bad_splits_and_options(tmp_path):
         load(path, eval_size=3)
     with pytest.raises(InputError, match="has 3 records and holding out 3 leaves no other prompt"):
         load(path, eval_path=path)
-    with pytest.raises(InputError, match="a jsonl task has no parameters, got level"):
+    with pytest.raises(InputError, match="a jsonl task takes no task_args, got level"):
         load(path, args={"level": 2})
     with pytest.raises(InputError, match="answer_tag='answer' tells a verifier"):
         load(path, answer_tag="answer")

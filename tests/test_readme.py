@@ -1,0 +1,51 @@
+"""What the README shows is what was measured, and what it says can be run."""
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks.report_demo import BEGIN, CURVE, END, RESULTS, render
+from fastrl.cli import COMMANDS
+from fastrl.config_io import load_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_demo_section_is_generated_from_the_committed_results():
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    section = README.split(BEGIN)[1].split(END)[0].strip()
+    assert section == render(results)
+    assert CURVE.is_file()
+    for run in results["runs"]:
+        assert run["pass_at_1_after"] - run["pass_at_1_before"] >= 0.30
+        assert run["num_parameters"] <= 2_000_000
+
+
+def test_first_code_comes_within_25_lines():
+    lines = README.splitlines()
+    assert next(number for number, line in enumerate(lines) if line.startswith("```")) < 25
+
+
+def test_every_file_and_command_that_is_named_exists():
+    for name in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / name).exists(), name
+    for command in re.findall(r"`fastrl (\w+)", README):
+        assert command in COMMANDS, command
+    tree = README.split("## Files")[1].split("```")[1]
+    root = ROOT
+    for line in tree.strip().splitlines():
+        words = re.split(r"\s{2,}", line.strip())[0].split()
+        if not line.startswith(" "):
+            root = ROOT / words[0]
+            assert root.is_dir(), line
+            continue
+        for word in words:
+            assert (root / word).exists(), word
+
+
+def test_examples_are_valid_configs():
+    examples = sorted((ROOT / "examples").glob("*.toml"))
+    assert len(examples) >= 2
+    for path in examples:
+        assert load_config(path).task
