@@ -48,8 +48,8 @@ def render(results: dict[str, Any]) -> str:
     first = runs[0]
     size = f"{first['num_parameters'] / 1e6:.2f}M"
     return f"""\
-A Qwen3-architecture policy of {size} parameters, built from a config, learns sums and differences of
-three one-digit numbers (`reasoning_gym:chain_sum`, its own verifier as reward).
+A Qwen3-architecture policy of {size} parameters, built from a config, learns sums and differences
+of three one-digit numbers (`reasoning_gym:chain_sum`, its own verifier as reward).
 After {first["warm_start_steps"]} supervised steps, {first["steps"]} steps of GRPO (G = 8,
 clip-higher, token mean, no KL) lift held-out pass@1, sampled at temperature 1:
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from fastrl.advantages import NEEDS_GROUPS
 from fastrl.config import Config
-from fastrl.encoding import encode_solution
 from fastrl.errors import InputError
 from fastrl.methods import resolve_method
 from fastrl.policy import Policy, load_policy, new_policy
@@ -78,4 +77,4 @@ def _check_lengths(config: Config, trainer: Trainer) -> None:
         )
     if config.warm_start.steps:
         for example in (*first, *trainer.task.known_examples()):
-            encode_solution(example, trainer.policy.tokenizer)
+            trainer.encode_solution(example)

@@ -68,7 +68,7 @@ def _train(words: list[str]) -> int:
             raise InputError(f"no run to resume in {resume}: it has no config.toml")
         words = [str(run_directory / "config.toml"), *words, "--output-dir", resume]
     config = _config(words, "fastrl train CONFIG.toml")
-    _quiet_libraries()
+    _prepare_libraries()
     from fastrl.run import Interrupted, train
 
     try:
@@ -93,7 +93,7 @@ def _eval(words: list[str]) -> int:
             raise InputError(f"{run_directory} is not a run: it has no config.toml")
         words = [str(run_directory / "config.toml"), *words[1:]]
     config = _config(words, "fastrl eval RUN_OR_CONFIG")
-    _quiet_libraries()
+    _prepare_libraries()
     from fastrl.run import evaluate
 
     evaluation = evaluate(config, run_directory)
@@ -216,14 +216,15 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title:
     console.print(table, markup=False)
 
 
-def _quiet_libraries() -> None:
-    """Progress bars and hints of libraries would cut through our own output."""
+def _prepare_libraries() -> None:
+    """Settings that libraries read when first imported: quiet, offline and deterministic."""
     import logging
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; a lookup would only hang
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products
     logging.getLogger("torch").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 

@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from fastrl_kernels.implementation import choose_implementation
+
 EXTRAS = (
     "peft", "bitsandbytes", "torchao", "flash-attn", "liger-kernel", "vllm", "ray", "trl", "wandb",
 )  # fmt: skip
@@ -19,7 +21,7 @@ def examine() -> list[tuple[str, str]]:
     rows = [("fastrl-llm", _version("fastrl-llm")), ("python", platform.python_version())]
     rows += [(name, _version(name)) for name in REQUIRED]
     rows.append(("GPU", _gpu()))
-    rows += [(f"kernel {name}", "torch; triton: not in this version") for name in KERNELS]
+    rows += [(f"kernel {name}", _implementations()) for name in KERNELS]
     rows += [(f"extra {name}", _version(name)) for name in EXTRAS]
     return rows
 
@@ -29,6 +31,16 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _implementations() -> str:
+    """What "auto" runs, and why not Triton where it does not."""
+    chosen = choose_implementation("auto")
+    try:
+        choose_implementation("triton")
+    except ValueError as error:
+        return f"{chosen}; {error}"
+    return f"{chosen}; triton available"
 
 
 def _gpu() -> str:

@@ -67,7 +67,9 @@ def decode_completions(completion_ids: Sequence[Tensor], tokenizer: Tokenizer) -
     return texts
 
 
-def encode_solution(example: Example, tokenizer: Tokenizer) -> Tensor:
+def encode_solution(
+    example: Example, tokenizer: Tokenizer, *, max_completion_length: int
+) -> Tensor:
     """The reference answer as a completion: its tokens and the end-of-sequence token, int64."""
     if example.answer is None:
         raise InputError(
@@ -76,8 +78,13 @@ def encode_solution(example: Example, tokenizer: Tokenizer) -> Tensor:
         )
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no eos_token to end an answer with; set its eos_token")
-    ids = tokenizer(example.answer, add_special_tokens=False).input_ids
-    return torch.tensor([*ids, tokenizer.eos_token_id], dtype=torch.int64)
+    ids = [*tokenizer(example.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    if len(ids) > max_completion_length:
+        raise InputError(
+            f"the reference answer of {prompt_start(example.prompt)} takes {len(ids)} tokens with "
+            f"its end, more than max_completion_length={max_completion_length}; raise it"
+        )
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _prompt_ids(

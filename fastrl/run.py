@@ -75,6 +75,7 @@ class Run:
     def execute(self) -> Mapping[str, Any]:
         """Warm start, train, evaluate and write the results."""
         with (
+            _deterministic(self.trainer.policy.device),
             _stop_requests() as stop,
             RunLog(self.directory, self.config, step=self.state.step) as log,
             make_progress(self.config) as progress,
@@ -227,6 +228,19 @@ def _prepare(config: Config, directory: Path, checkpoint: Path | None) -> Run:
 def _num_tokens(output: StepOutput) -> int:
     prompts = sum(len(ids) for ids in output.rollouts.prompts.token_ids)
     return prompts * output.rollouts.num_generations + int(output.rollouts.lengths.sum())
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """On a GPU some operations have a faster variant whose sums depend on timing: not in a run."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
 
 
 class _StopRequest:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastrl.advantages import ADVANTAGES
 from fastrl.aggregation import AGGREGATIONS
 from fastrl.config import Config
-from fastrl.encoding import decode_completions, encode_prompts
+from fastrl.encoding import decode_completions, encode_prompts, encode_solution
 from fastrl.loss import PassLoss, policy_pass_loss
 from fastrl.methods import Method
 from fastrl.metrics import (
@@ -121,6 +121,11 @@ class Trainer:
             max_prompt_length=self.config.rollout.max_prompt_length,
             chat_template=self.config.data.chat_template,
         )
+
+    def encode_solution(self, example: Example) -> Tensor:
+        """The reference answer as a completion within the run's limit."""
+        limit = self.config.rollout.max_completion_length
+        return encode_solution(example, self.policy.tokenizer, max_completion_length=limit)
 
     def rollouts(self, prompts: Prompts, step: int) -> Rollouts:
         """G completions of every prompt from the current weights."""

@@ -6,7 +6,6 @@ import torch
 
 from fastrl.aggregation import token_mean
 from fastrl.config import Config, OptimConfig
-from fastrl.encoding import encode_solution
 from fastrl.loss import supervised_pass_loss
 from fastrl.optim import make_adamw, scheduled_learning_rate, set_learning_rate
 from fastrl.packing import pack_rollouts
@@ -38,9 +37,7 @@ class WarmStart:
         examples = [self.trainer.task.train_example(step * size + i) for i in range(size)]
         solutions = Rollouts(
             prompts=self.trainer.encode(examples),
-            completion_ids=tuple(
-                encode_solution(example, self.policy.tokenizer) for example in examples
-            ),
+            completion_ids=tuple(map(self.trainer.encode_solution, examples)),
             rollout_logps=None,
             finished=torch.ones(size, dtype=torch.bool),
         )

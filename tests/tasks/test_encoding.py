@@ -122,13 +122,21 @@ def test_decoding_skips_special_tokens_and_keeps_spaces():
 
 
 def test_a_solution_is_the_answer_and_one_eos():
-    ids = encode_solution(Example("q", answer="42"), build_tokenizer())
+    ids = encode_solution(Example("q", answer="42"), build_tokenizer(), max_completion_length=9)
     assert ids.tolist() == [*ids_of("42"), EOS]
     assert ids.dtype == torch.int64
 
 
 def test_bad_solutions():
     with pytest.raises(InputError, match="the prompt 'q' has no reference answer to learn from"):
-        encode_solution(Example("q"), build_tokenizer())
+        encode_solution(Example("q"), build_tokenizer(), max_completion_length=9)
     with pytest.raises(InputError, match="the tokenizer has no eos_token"):
-        encode_solution(Example("q", answer="1"), build_tokenizer(eos_token=None))
+        encode_solution(
+            Example("q", answer="1"), build_tokenizer(eos_token=None), max_completion_length=9
+        )
+
+
+def test_solution_over_the_limit_is_refused():
+    example = Example("q", answer="42 42 42 42")
+    with pytest.raises(InputError, match="more than max_completion_length=3; raise it"):
+        encode_solution(example, build_tokenizer(), max_completion_length=3)

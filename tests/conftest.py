@@ -1,4 +1,4 @@
-"""Set-up shared by the kernel tests."""
+"""Set-up shared by all tests."""
 
 from collections.abc import Iterator
 
