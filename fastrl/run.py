@@ -220,7 +220,11 @@ def _prepare(config: Config, directory: Path, checkpoint: Path | None) -> Run:
     state = load_state(checkpoint)
     if state.step > config.max_steps:
         raise InputError(f"max_steps is {config.max_steps} but {checkpoint.name} is past it")
-    if (directory / "reference").is_dir() and trainer.method.beta > 0.0:
+    if trainer.method.beta > 0.0 and state.step > 0:
+        if not (directory / "reference").is_dir():
+            raise InputError(
+                f"{directory} has no reference policy: the run began with beta 0; keep it so"
+            )
         trainer.reference = load_policy(config.model, directory / "reference").frozen_copy()
     return Run(config, directory, trainer, state, checkpoint)
 

@@ -32,7 +32,7 @@ model_type = "qwen3"
 [rollout]
 num_generations = 2
 max_prompt_length = 48
-max_completion_length = 4
+max_completion_length = 8
 [eval]
 num_samples = 2
 """
@@ -288,7 +288,7 @@ rewards = ["exact"]
 path = "{tmp_path / "model"}"
 [rollout]
 max_prompt_length = 48
-max_completion_length = 4
+max_completion_length = 8
 """
     )
     assert "data.jsonl:2" in run_refused(

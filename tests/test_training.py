@@ -19,6 +19,7 @@ from fastrl.config import (
     SaveConfig,
     WarmStartConfig,
 )
+from fastrl.errors import InputError
 from fastrl.report import read_metrics
 from fastrl.run import evaluate, train
 from tests.helpers import TINY, tiny_policy
@@ -121,6 +122,14 @@ def test_resume_is_exact(tmp_path, checkpoint_step):
     assert rows == [row for row in numbers(tmp_path / "whole") if "loss" in row]
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(tmp_path / "parted")[name]), name
+
+
+def test_a_penalty_cannot_be_added_to_a_run_that_kept_no_reference(tmp_path):
+    config = tiny_config(tmp_path / "run", save=SaveConfig(save_steps=2))
+    train(config)
+    changed = dataclasses.replace(config, objective=ObjectiveConfig(beta=0.1), max_steps=5)
+    with pytest.raises(InputError, match="has no reference policy"):
+        train(changed, resume=True)
 
 
 def test_old_checkpoints_are_removed(tmp_path):

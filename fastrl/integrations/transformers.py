@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,26 +22,30 @@ LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 @contextmanager
-def segment_attention_enabled(model: nn.Module) -> Iterator[None]:
-    """Within the block every attention layer of `model` follows the segments it is given."""
+def segment_attention_enabled(model: nn.Module, segments: Segments) -> Iterator[None]:
+    """Within the block every attention layer of `model` follows the segments it is called with.
+
+    `segments`: those of the block's plan, whose masks are freed at its end.
+    """
     check_model(model)
     assert isinstance(model, PreTrainedModel)
-    with _attention_implementation(model), _recomputed_alike(model):
+    with _attention_implementation(model, segments), _recomputed_alike(model, segments):
         yield
 
 
 @contextmanager
-def _attention_implementation(model: PreTrainedModel) -> Iterator[None]:
+def _attention_implementation(model: PreTrainedModel, segments: Segments) -> Iterator[None]:
     previous = model.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
     try:
         yield
     finally:
         model.set_attn_implementation(previous)
+        segments.forget_masks()
 
 
 @contextmanager
-def _recomputed_alike(model: PreTrainedModel) -> Iterator[None]:
+def _recomputed_alike(model: PreTrainedModel, segments: Segments) -> Iterator[None]:
     """Let checkpointed layers find segment attention again when backward recomputes them.
 
     Backward may run after the block, when the model has its own attention back: recomputing with
@@ -51,10 +55,12 @@ def _recomputed_alike(model: PreTrainedModel) -> Iterator[None]:
         module for module in model.modules() if getattr(module, "gradient_checkpointing", False)
     ]
     originals = [layer._gradient_checkpointing_func for layer in layers]
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _attention_implementation(model, segments)
+
     for layer, original in zip(layers, originals, strict=True):
-        layer._gradient_checkpointing_func = functools.partial(
-            original, context_fn=lambda: (nullcontext(), _attention_implementation(model))
-        )
+        layer._gradient_checkpointing_func = functools.partial(original, context_fn=contexts)
     try:
         yield
     finally:

@@ -53,8 +53,8 @@ class Segments:
         """(N, N) bool: True where the token of the row sees the token of the column.
 
         window: only the last `window` tokens of the path, the token itself included; None for all
-        of them. The mask is made once per window and kept, because every layer of a model asks for
-        the same one: do not write into it.
+        of them. The mask is made once per window and kept until `forget_masks`, because every layer
+        of a model asks for the same one: do not write into it.
         """
         if window is not None and window < 1:
             raise ValueError(
@@ -67,6 +67,10 @@ class Segments:
             with torch.inference_mode(False):
                 self._masks[window] = self._make_mask(window)
         return self._masks[window]
+
+    def forget_masks(self) -> None:
+        """Free what `visibility` keeps, at the end of a forward pass."""
+        self._masks.clear()
 
     def _make_mask(self, window: int | None) -> Tensor:
         token = torch.arange(self.num_tokens, device=self.ends.device)
