@@ -19,11 +19,13 @@ from fastrl.config import (
     SaveConfig,
     WarmStartConfig,
 )
+from fastrl.config_io import load_config, override_config
 from fastrl.errors import InputError
 from fastrl.report import read_metrics
 from fastrl.run import evaluate, train
 from tests.helpers import TINY, tiny_policy
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 TIMES = ("time", "tokens_per_second", "memory")
 
 
@@ -174,17 +176,26 @@ def test_training_on_a_model_directory_and_a_jsonl_file(tmp_path, chat):
         "    assert all(int(a) == 2 * n for a, n in zip(answer, level))\n"
         "    return [1.0 / (1 + len(text)) for text in texts]\n"
     )
-    config = tiny_config(
-        tmp_path / "run",
-        task=f"jsonl:{tmp_path / 'data.jsonl'}",
-        task_args={},
-        rewards=("math", f"{tmp_path / 'rewards.py'}:short"),
-        reward_weights=(1.0, 0.5),
-        model=ModelConfig(path=str(tmp_path / "model")),
-        data=DataConfig(eval_size=3),
-        warm_start=WarmStartConfig(),
-    )
-    train(config)
+    flags = {
+        "--model.path": tmp_path / "model",
+        "--task": f"jsonl:{tmp_path / 'data.jsonl'}",
+        "--output-dir": tmp_path / "run",
+        "--data.eval-size": 3,
+        "--max-steps": 3,
+        "--rollout.max-prompt-length": 48,
+        "--rollout.max-completion-length": 5,
+        "--optim.learning-rate": 1e-3,
+    }
+    words = [str(word) for pair in flags.items() for word in pair]
+    words += [
+        "--rewards",
+        "math",
+        f"{tmp_path / 'rewards.py'}:short",
+        "--reward-weights",
+        "1",
+        "0.5",
+    ]
+    train(override_config(load_config(EXAMPLES / "local_model.toml"), words, "fastrl train"))
     rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
     for row in rows:
         total = row["rewards/math/mean"] + 0.5 * row["rewards/short/mean"]
