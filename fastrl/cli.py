@@ -85,6 +85,8 @@ def _train(words: list[str]) -> int:
 
 def _eval(words: list[str]) -> int:
     json_path = _take_value(words, "--json")
+    if json_path is not None and not Path(json_path).absolute().parent.is_dir():
+        raise InputError(f"--json {json_path}: {Path(json_path).parent} is not a directory")
     if not words or words[0].startswith("-"):
         raise InputError("give a run directory or a config: fastrl eval RUN_OR_CONFIG")
     run_directory = Path(words[0]) if Path(words[0]).is_dir() else None

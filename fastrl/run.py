@@ -50,7 +50,7 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False) -> M
     run_directory = Path(config.output_dir)
     checkpoint = starting_point(run_directory, overwrite=overwrite, resume=resume)
     run = _prepare(config, run_directory, checkpoint)
-    check_disk(run_directory, run.trainer.policy)
+    check_disk(run_directory, run.trainer.policy, config.save)
     if overwrite:
         clear(run_directory)
     run_directory.mkdir(parents=True, exist_ok=True)

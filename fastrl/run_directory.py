@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 from fastrl.checkpoint import newest_checkpoint, remove_old_checkpoints
+from fastrl.config import SaveConfig
 from fastrl.errors import InputError
 from fastrl.policy import Policy
 
@@ -45,13 +47,16 @@ def clear(directory: Path) -> None:
     remove_old_checkpoints(directory, keep=0)
 
 
-def check_disk(directory: Path, policy: Policy) -> None:
-    """Room for the checkpoints (weights and two moments each) and the final weights."""
+def check_disk(directory: Path, policy: Policy, save: SaveConfig) -> None:
+    """A writable place with room for the checkpoints, the reference and the final weights."""
     existing = directory.absolute()
     while not existing.exists():
         existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"cannot write to {directory}: {existing} is not a writable directory")
     weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
-    needed = 8 * weights + 2**24
+    checkpoints = save.save_total_limit + 1 if save.save_steps else 1  # one more while writing
+    needed = (3 * checkpoints + 2) * weights + 2**24  # a checkpoint holds weights and two moments
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise InputError(

@@ -266,6 +266,14 @@ def test_overwrite_replaces_a_run_and_keeps_what_is_not_its_own(tmp_path, config
     assert json.loads((run / "summary.json").read_text())["steps"] == 1
 
 
+def test_places_that_cannot_be_written(capsys, tmp_path, config):
+    (tmp_path / "file").write_text("")
+    error = run_refused(capsys, "train", config, "--output-dir", tmp_path / "file" / "run")
+    assert "is not a writable directory" in error
+    error = run_refused(capsys, "eval", config, "--json", tmp_path / "nowhere" / "eval.json")
+    assert "is not a directory" in error
+
+
 def test_no_disk_space_is_said_before_writing(capsys, tmp_path, config, monkeypatch):
     import shutil
 
