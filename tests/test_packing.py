@@ -69,6 +69,8 @@ def separate_logps(model, prompts, completions):
 )
 def test_packed_equals_one_forward_per_sequence(model_type, fields, tolerance):
     model = with_float64_norms(tiny_model(model_type, **fields))
+    if model_type == "gemma2":  # older transformers let SDPA drop the cap on attention scores
+        model.set_attn_implementation("eager")
     prompts, completions = ragged([7, 3, 9], [[6, 1, 11], [4, 0, 9], [2, 2, 5]])
     weights = torch.cat([c.double().cos() for group in completions for c in group])
 
