@@ -45,11 +45,16 @@ def config(tmp_path):
     return path
 
 
-def fastrl(*words, cwd=None, **environment):
+ROOT = Path(__file__).parent.parent
+# The sources of this checkout, whether they are installed or not.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+
+
+def fastrl(*words):
     """A real process, as from a shell."""
     return subprocess.run(
         [sys.executable, "-m", "fastrl", *map(str, words)],
-        capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment}, check=False,
+        capture_output=True, text=True, env=ENVIRONMENT, check=False,
     )  # fmt: skip
 
 
@@ -60,7 +65,7 @@ def test_help_is_fast_and_import_faster():
     assert "train CONFIG.toml" in result.stdout
     assert time.perf_counter() - started < 1.0
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import fastrl"], check=True)
+    subprocess.run([sys.executable, "-c", "import fastrl"], check=True, env=ENVIRONMENT)
     assert time.perf_counter() - started < 0.5
 
 
@@ -95,7 +100,7 @@ def test_ctrl_c_saves_a_checkpoint_and_resuming_ends_like_an_undisturbed_run(tmp
     process = subprocess.Popen(
         [sys.executable, "-m", "fastrl", "train", str(config), "--output-dir", str(run),
          "--max-steps", "100000"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
