@@ -20,6 +20,7 @@ import torch
 from fastrl.errors import InputError
 from fastrl.policy import Policy
 
+PARTIAL = ".partial-"
 _NAME = re.compile(r"(warm-start|checkpoint)-(\d+)")
 
 
@@ -69,9 +70,11 @@ def newest_checkpoint(run_directory: Path) -> Path | None:
 
 
 def remove_old_checkpoints(run_directory: Path, *, keep: int) -> None:
-    """Delete all but the `keep` newest."""
+    """Delete all but the `keep` newest, and whatever never became whole."""
     checkpoints = _all_checkpoints(run_directory)
     for path in checkpoints[: max(0, len(checkpoints) - keep)]:
+        shutil.rmtree(path)
+    for path in run_directory.glob(f"{PARTIAL}*"):  # what a killed process left half-written
         shutil.rmtree(path)
 
 
@@ -109,7 +112,7 @@ class _renamed_when_whole:
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.partial = target.with_name(f".partial-{target.name}")
+        self.partial = target.with_name(f"{PARTIAL}{target.name}")
 
     def __enter__(self) -> Path:
         shutil.rmtree(self.partial, ignore_errors=True)

@@ -121,6 +121,28 @@ def test_ctrl_c_saves_a_checkpoint_and_resuming_ends_like_an_undisturbed_run(tmp
     assert weights[0] == weights[1]
 
 
+def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_bits(tmp_path, config):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    flags = ["--max-steps", "8", "--save.save-steps", "2", "--objective.beta", "0.1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastrl", "train", str(config), "--output-dir", str(run), *flags],
+        stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            break
+    process.kill()
+    process.communicate()
+    assert not (run / "summary.json").exists()
+    (run / ".partial-checkpoint-6").mkdir(exist_ok=True)  # as if it had died while writing
+    assert main(["train", "--resume", str(run)]) == 0
+    assert main(["train", str(config), "--output-dir", str(whole), *flags]) == 0
+    for name in ("final/model.safetensors", "completions.jsonl"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    assert not list(run.glob(".partial*"))
+
+
 def test_a_stop_during_the_warm_start_is_resumed_exactly(tmp_path, config, monkeypatch):
     from fastrl.warm_start import WarmStart
 
