@@ -4,9 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+import torch
+
 from benchmarks.report_demo import BEGIN, CURVE, END, RESULTS, render
 from fastrl.cli import COMMANDS
 from fastrl.config_io import load_config
+from fastrl_kernels import LinearLogps
+from tests.helpers import random_ids, tiny_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,6 +38,10 @@ def test_every_file_and_command_that_is_named_exists():
     for command in re.findall(r"`fastrl (\w+)", README):
         assert command in COMMANDS, command
     tree = README.split("## Files")[1].split("```")[1]
+    for package in (ROOT / "fastrl", ROOT / "kernels" / "fastrl_kernels"):
+        for path in package.iterdir():
+            hidden = path.name.startswith("_") or path.name == "py.typed"
+            assert hidden or f"  {path.name}" in tree, f"{path.name} is not in the tree"
     root = ROOT
     for line in tree.strip().splitlines():
         words = re.split(r"\s{2,}", line.strip())[0].split()
@@ -49,3 +58,25 @@ def test_examples_are_valid_configs():
     assert len(examples) >= 2
     for path in examples:
         assert load_config(path).task
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/modules.md"])
+def test_python_examples_run_as_written(page):
+    """Each block sees a model and token ids, as the text around it says."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+    assert blocks
+    prompts, flat = random_ids([5, 3]), random_ids([4, 2, 6, 1], seed=1)
+    for block in blocks:
+        model = tiny_model(dtype=torch.float32)
+        names = {
+            "model": model,
+            "prompt_ids": prompts,
+            "completion_ids": [flat[:2], flat[2:]],
+            "hidden_states": torch.randn(7, 32, generator=torch.Generator().manual_seed(0)),
+            "target_ids": random_ids([7])[0],
+        }
+        exec(compile(block, page, "exec"), names)
+        out = names["out"]
+        assert isinstance(out, LinearLogps)
+        if "plan" in names:
+            assert [len(logps) for logps in names["logps"]] == [4, 2, 6, 1]
