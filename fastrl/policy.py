@@ -117,6 +117,13 @@ def load_policy(config: ModelConfig, directory: str | Path) -> Policy:
         raise InputError(
             f"the weights in {directory} lack {len(broken)} tensors of the model ({broken[0]}, ...)"
         )
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise InputError(
+            f"the tokenizer in {directory} has token ids up to {highest} but the model embeds "
+            f"{rows}; they do not belong together"
+        )
     return Policy(_placed(model, config), tokenizer, bf16=config.bf16)
 
 

@@ -146,6 +146,14 @@ def test_bad_directories(tmp_path, directory):
     refused("cannot load the (tokenizer|model)")
 
 
+def test_tokenizer_of_another_model_is_refused(directory):
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(directory)
+    with pytest.raises(InputError, match="do not belong together"):
+        load_policy(ModelConfig(), directory)
+
+
 def test_devices():
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type in ("cpu", "cuda")
