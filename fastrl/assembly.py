@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from fastrl.advantages import NEEDS_GROUPS
 from fastrl.config import Config
 from fastrl.errors import InputError
 from fastrl.methods import resolve_method
+from fastrl.packing import pack
 from fastrl.policy import Policy, load_policy, new_policy
 from fastrl.rewards import check_rewards, load_rewards
 from fastrl.tasks import Task, load_task
@@ -43,8 +46,11 @@ def build_trainer(config: Config, directory: Path | None = None) -> Trainer:
         system_prompt=config.data.system_prompt,
     )
     rewards = load_rewards(config.rewards, config.reward_weights, task)
-    check_rewards(rewards, task.train_example(0))
+    unanswered = [example for example in task.known_examples() if example.answer is None]
+    for example in (task.train_example(0), *unanswered[:1]):
+        check_rewards(rewards, example)
     policy = _policy(config, task, directory)
+    _check_packing(policy)
     trainer = Trainer(config, policy, task, rewards, method)
     _check_lengths(config, trainer)
     return trainer
@@ -62,6 +68,20 @@ def _policy(config: Config, task: Task, directory: Path | None) -> Policy:
     examples = [task.train_example(index) for index in range(TOKENIZER_SAMPLE)]
     texts = [f"{example.prompt}{example.answer or ''}" for example in examples]
     return new_policy(config.model, texts, seed=config.seed)
+
+
+def _check_packing(policy: Policy) -> None:
+    """The model must be able to run a packed row: two completions of one token's prompt."""
+    ids = torch.tensor([policy.eos_token_ids[0]] * 2)
+    plan = pack([ids[:1]], [[ids, ids]]).to(policy.device)
+    try:
+        with torch.no_grad():
+            policy.hidden_states(plan)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a layer of inconsistent shape happens to raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the model cannot run a packed row: {reason}") from error
 
 
 def _check_lengths(config: Config, trainer: Trainer) -> None:

@@ -14,6 +14,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 
@@ -93,7 +94,7 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(saved)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, KeyError, UnpicklingError) as error:
         raise InputError(f"cannot restore the optimizer from {path}: {error}") from error
 
 
@@ -102,7 +103,7 @@ def _all_checkpoints(run_directory: Path) -> list[Path]:
     matches = [
         (match[1] == "checkpoint", int(match[2]), path)
         for path in run_directory.iterdir()
-        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+        if (match := _NAME.fullmatch(path.name)) and (path / "trainer_state.json").is_file()
     ]
     return [path for _, _, path in sorted(matches)]
 

@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(version("fastrl-llm"))
         return 0
     command = COMMANDS.get(words[0])
+    if words[0] not in ("train", "eval") and {"-h", "--help"} & set(words):
+        print(USAGE)
+        return 0
     try:
         if command is None:
             hint = nearest(words[0], list(COMMANDS))
@@ -61,8 +64,10 @@ def _train(words: list[str]) -> int:
     overwrite = _take_switch(words, "--overwrite")
     resume = _take_value(words, "--resume")
     if resume is not None:
-        if overwrite:
-            raise InputError("--resume and --overwrite exclude each other; give one")
+        if overwrite or any(word.startswith("--output-dir") for word in words):
+            raise InputError(
+                "--resume continues a run in its place; give no --overwrite, --output-dir"
+            )
         run_directory = Path(resume)
         if not (run_directory / "config.toml").is_file():
             raise InputError(f"no run to resume in {resume}: it has no config.toml")
@@ -85,8 +90,13 @@ def _train(words: list[str]) -> int:
 
 def _eval(words: list[str]) -> int:
     json_path = _take_value(words, "--json")
-    if json_path is not None and not Path(json_path).absolute().parent.is_dir():
-        raise InputError(f"--json {json_path}: {Path(json_path).parent} is not a directory")
+    if json_path is not None and (
+        Path(json_path).is_dir() or not Path(json_path).absolute().parent.is_dir()
+    ):
+        raise InputError(f"--json {json_path}: expected a file in an existing directory")
+    if {"-h", "--help"} & set(words):
+        print(USAGE)
+        return 0
     if not words or words[0].startswith("-"):
         raise InputError("give a run directory or a config: fastrl eval RUN_OR_CONFIG")
     run_directory = Path(words[0]) if Path(words[0]).is_dir() else None
@@ -192,6 +202,9 @@ def _take_switch(words: list[str], name: str) -> bool:
 
 
 def _take_value(words: list[str], name: str) -> str | None:
+    for index, word in enumerate(words):
+        if word.startswith(f"{name}="):
+            words[index : index + 1] = word.split("=", 1)
     if name not in words:
         return None
     index = words.index(name)

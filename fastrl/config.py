@@ -124,12 +124,12 @@ class OptimConfig:
     learning_rate: Positive = 1e-6
     """Peak step size."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after the warm-up; linear and cosine end at zero on the last step."""
+    """Shape after the warm-up; linear and cosine fall towards zero after the last step."""
     warmup_steps: CountOrZero = 0
     """Steps over which the step size rises linearly from zero."""
-    adam_beta1: Fraction = 0.9
+    adam_beta1: Annotated[float, Range(0, 0.999999)] = 0.9
     """Decay of the first moment."""
-    adam_beta2: Fraction = 0.999
+    adam_beta2: Annotated[float, Range(0, 0.999999)] = 0.999
     """Decay of the second moment."""
     weight_decay: NonNegative = 0.0
     """Decoupled decay of matrices; vectors and embeddings of norms are left alone."""
@@ -170,7 +170,7 @@ class SaveConfig:
     """What a run leaves on disk, and how often."""
 
     save_steps: CountOrZero = 0
-    """Checkpoint every so many steps; 0: only when interrupted."""
+    """Checkpoint every so many steps; 0: only at the end or when interrupted."""
     save_total_limit: Count = 2
     """Newest checkpoints kept."""
     completions_per_step: CountOrZero = 4

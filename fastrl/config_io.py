@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from fastrl.config import Config, Range
 from fastrl.errors import InputError, nearest
+
+RUN_MARK = "# The resolved config of a FastRL run.\n"
+"""First line of a run's config.toml: a directory is a run, and may be replaced, only with it."""
 
 
 def load_config(path: str | Path) -> Config:
@@ -32,7 +36,7 @@ def save_config(config: Config, path: Path) -> None:
     """Write the resolved config; `load_config` reads the same values back."""
     import tomli_w
 
-    path.write_text(tomli_w.dumps(_to_table(config)), encoding="utf-8")
+    path.write_text(RUN_MARK + tomli_w.dumps(_to_table(config)), encoding="utf-8")
 
 
 def override_config(config: Config, arguments: Sequence[str], prog: str) -> Config:
@@ -110,8 +114,8 @@ def _scalar(hint: type, value: Any, name: str) -> Any:
         value = float(value)
     if type(value) is not hint:
         raise InputError(f"{name} must be {words[hint]}, got {value!r}")
-    if hint is float and value != value:
-        raise InputError(f"{name} must be a number, got nan")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{name} must be a finite number, got {value}")
     return value
 
 

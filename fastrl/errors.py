@@ -9,6 +9,10 @@ class InputError(ValueError):
     """
 
 
+class NotFiniteError(InputError):
+    """Training has diverged: what is in memory is no longer worth saving."""
+
+
 def nearest(name: str, known: list[str]) -> str:
     """A hint naming the known spelling closest to `name`; the known ones if they are few."""
     from difflib import get_close_matches

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastrl.config import OptimConfig
+from fastrl.errors import NotFiniteError
 
 
 def make_adamw(
@@ -34,6 +35,15 @@ def scheduled_learning_rate(config: OptimConfig, step: int, max_steps: int) -> f
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
     }
     return config.learning_rate * shape[config.lr_scheduler_type]
+
+
+def clip_gradient(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+    """Scale the gradient down to `max_norm`; returns its norm before, which must be finite."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    if not math.isfinite(norm):
+        raise NotFiniteError("the gradient is not finite; lower the learning rate")
+    return norm
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

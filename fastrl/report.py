@@ -23,6 +23,8 @@ class RunLog:
 
         self.config = config
         self._metrics = _open_truncated(directory / "metrics.jsonl", step)
+        rows = read_metrics(directory)
+        self._evaluated = {row["step"] for row in rows if "eval_reward" in row}
         self._completions = _open_truncated(directory / "completions.jsonl", step)
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
@@ -58,8 +60,10 @@ class RunLog:
         self._completions.flush()
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """A held-out evaluation after `step` training steps."""
-        self._write(step, evaluation.metrics)
+        """A held-out evaluation after `step` training steps; a repeated one says nothing new."""
+        if step not in self._evaluated:
+            self._evaluated.add(step)
+            self._write(step, evaluation.metrics)
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         numbers = {name: _number(value) for name, value in metrics.items()}
@@ -116,8 +120,8 @@ def draw_curve(directory: Path) -> None:
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl."""
-    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    text = (directory / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def _number(value: Any) -> float | None:
@@ -130,8 +134,10 @@ def _open_truncated(path: Path, step: int) -> Any:
     """Open for appending after the last whole line of at most `step`."""
     kept = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+        # Only "\n" ends a line: a completion may hold the other separators of Unicode.
+        *whole, _ = path.read_text(encoding="utf-8").split("\n")
+        kept = [f"{line}\n" for line in whole if json.loads(line)["step"] <= step]
+    shortened = path.with_suffix(".partial")
+    shortened.write_text("".join(kept), encoding="utf-8")
+    shortened.replace(path)
     return path.open("a", encoding="utf-8")

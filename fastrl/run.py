@@ -24,14 +24,21 @@ from fastrl.checkpoint import (
     save_policy,
 )
 from fastrl.config import Config
-from fastrl.config_io import save_config
-from fastrl.errors import InputError
+from fastrl.config_io import load_config, save_config
+from fastrl.errors import InputError, NotFiniteError
 from fastrl.evaluate import Evaluation, evaluate_policy
 from fastrl.metrics import peak_memory_bytes
 from fastrl.policy import load_policy
 from fastrl.progress import make_progress
 from fastrl.report import RunLog, draw_curve, write_summary
-from fastrl.run_directory import check_disk, clear, starting_point
+from fastrl.run_directory import (
+    check_disk,
+    check_resumable,
+    clear,
+    discard_results,
+    refuse_own_input,
+    starting_point,
+)
 from fastrl.seeding import make_generator
 from fastrl.trainer import StepOutput, Trainer
 from fastrl.types import Prompts
@@ -49,6 +56,10 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False) -> M
     """
     run_directory = Path(config.output_dir)
     checkpoint = starting_point(run_directory, overwrite=overwrite, resume=resume)
+    if resume:
+        check_resumable(load_config(run_directory / "config.toml"), config)
+    if overwrite:
+        refuse_own_input(run_directory, config)
     run = _prepare(config, run_directory, checkpoint)
     check_disk(run_directory, run.trainer.policy, config.save)
     if overwrite:
@@ -74,10 +85,14 @@ class Run:
 
     def execute(self) -> Mapping[str, Any]:
         """Warm start, train, evaluate and write the results."""
+        if self.state.step < self.config.max_steps:
+            discard_results(self.directory)
+        # A run that stopped before its first checkpoint starts anew, and so do its logs.
+        logged = self.state.step if self.checkpoint is not None else -1
         with (
             _deterministic(self.trainer.policy.device),
             _stop_requests() as stop,
-            RunLog(self.directory, self.config, step=self.state.step) as log,
+            RunLog(self.directory, self.config, step=logged) as log,
             make_progress(self.config) as progress,
         ):
             self.log, self.progress, self.stop = log, progress, stop
@@ -96,12 +111,14 @@ class Run:
             load_optimizer(self.checkpoint, phase.optimizer)
         for step in range(self.state.warm_start_step, self.config.warm_start.steps):
             started = time.perf_counter()
-            loss = phase.train_step(step)
+            with self._kept(phase.optimizer):
+                loss = phase.train_step(step)
             self._advance(time.perf_counter() - started, warm_start_step=step + 1)
             self.progress.warm_start(step + 1, loss)
             if self.stop.requested:
                 self._interrupt(phase.optimizer)
-        before = _evaluate(self.trainer, self.eval_prompts)
+        with self._kept(phase.optimizer):
+            before = _evaluate(self.trainer, self.eval_prompts)
         self.state = dataclasses.replace(self.state, pass_at_1_before=before.pass_at[1])
         self._show(0, before)
         self.checkpoint = None
@@ -120,15 +137,10 @@ class Run:
         config, trainer = self.config, self.trainer
         if self.checkpoint is not None:
             load_optimizer(self.checkpoint, trainer.optimizer)
-        evaluation = None
         for step in range(self.state.step, config.max_steps):
-            evaluation = None
             started = time.perf_counter()
-            try:
+            with self._kept(trainer.optimizer):
                 output = trainer.train_step(step)
-            except InputError:  # a reward failed before anything was updated: keep the work so far
-                self._save(trainer.optimizer)
-                raise
             self._advance(
                 time.perf_counter() - started,
                 step=step + 1,
@@ -137,17 +149,29 @@ class Run:
             output.metrics["num_tokens"] = float(self.state.num_tokens)
             self.log.step(step + 1, output)
             self.progress.step(step + 1, output.metrics)
-            if config.eval.eval_steps and (step + 1) % config.eval.eval_steps == 0:
-                evaluation = _evaluate(self.trainer, self.eval_prompts)
-                self._show(step + 1, evaluation)
+            is_last = step + 1 == config.max_steps
+            if config.eval.eval_steps and (step + 1) % config.eval.eval_steps == 0 and not is_last:
+                with self._kept(trainer.optimizer):
+                    self._show(step + 1, _evaluate(self.trainer, self.eval_prompts))
             if config.save.save_steps and (step + 1) % config.save.save_steps == 0:
                 self._save(trainer.optimizer)
-            if self.stop.requested and step + 1 < config.max_steps:
+            if self.stop.requested and not is_last:
                 self._interrupt(trainer.optimizer)
-        if evaluation is None:
-            evaluation = _evaluate(self.trainer, self.eval_prompts)
-            self._show(config.max_steps, evaluation)
+        self._save(trainer.optimizer)
+        evaluation = _evaluate(self.trainer, self.eval_prompts)
+        self._show(config.max_steps, evaluation)
         return evaluation
+
+    @contextmanager
+    def _kept(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """If a reward fails in the block, which changes nothing before it has all of them, save."""
+        try:
+            yield
+        except NotFiniteError:
+            raise
+        except InputError:
+            self._save(optimizer)
+            raise
 
     def _show(self, step: int, evaluation: Evaluation) -> None:
         self.log.evaluation(step, evaluation)

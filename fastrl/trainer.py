@@ -30,7 +30,7 @@ from fastrl.metrics import (
     speed_metrics,
     token_metrics,
 )
-from fastrl.optim import make_adamw, scheduled_learning_rate, set_learning_rate
+from fastrl.optim import clip_gradient, make_adamw, scheduled_learning_rate, set_learning_rate
 from fastrl.packing import PackedPass, pack_rollouts
 from fastrl.policy import Policy
 from fastrl.rewards import Reward, score_completions
@@ -206,13 +206,10 @@ class Trainer:
 
     def _optimizer_step(self) -> float:
         """Clip, step and clear the gradient; returns its norm before clipping."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(
-            parameters, self.config.optim.max_grad_norm, error_if_nonfinite=True
-        )
+        norm = clip_gradient(self.optimizer, self.config.optim.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def metrics(
         self, step: int, rollouts: Rollouts, rewards: Rewards, update: Update, watch: Stopwatch

@@ -7,7 +7,7 @@ import torch
 from fastrl.aggregation import token_mean
 from fastrl.config import Config, OptimConfig
 from fastrl.loss import supervised_pass_loss
-from fastrl.optim import make_adamw, scheduled_learning_rate, set_learning_rate
+from fastrl.optim import clip_gradient, make_adamw, scheduled_learning_rate, set_learning_rate
 from fastrl.packing import pack_rollouts
 from fastrl.trainer import Trainer
 from fastrl.types import Rollouts
@@ -61,7 +61,7 @@ class WarmStart:
             )
             loss.backward()
             total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), 1.0)
+        clip_gradient(self.optimizer, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total

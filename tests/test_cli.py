@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -289,7 +290,7 @@ def test_overwrite_replaces_a_run_and_keeps_what_is_not_its_own(tmp_path, config
     (run / "notes.txt").write_text("mine")
     assert main([*words, "--overwrite", "--max-steps", "1"]) == 0
     assert (run / "notes.txt").read_text() == "mine"
-    assert not list(run.glob("checkpoint-*"))
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
     assert json.loads((run / "summary.json").read_text())["steps"] == 1
 
 
@@ -298,12 +299,10 @@ def test_places_that_cannot_be_written(capsys, tmp_path, config):
     error = run_refused(capsys, "train", config, "--output-dir", tmp_path / "file" / "run")
     assert "is not a writable directory" in error
     error = run_refused(capsys, "eval", config, "--json", tmp_path / "nowhere" / "eval.json")
-    assert "is not a directory" in error
+    assert "expected a file in an existing directory" in error
 
 
 def test_no_disk_space_is_said_before_writing(capsys, tmp_path, config, monkeypatch):
-    import shutil
-
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     error = run_refused(capsys, "train", config, "--output-dir", tmp_path / "run")
@@ -329,3 +328,107 @@ max_completion_length = 8
     assert "data.jsonl:2" in run_refused(
         capsys, "train", config, "--output-dir", tmp_path / "run"
     )  # fmt: skip
+
+
+def test_a_finished_run_goes_on_without_losing_or_repeating_a_line(tmp_path, config):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert main(["train", str(config), "--output-dir", str(run)]) == 0
+    with (run / "completions.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 1, "completion": "a\u2028b"}, ensure_ascii=False) + "\n")
+    assert main(["train", f"--resume={run}", "--max-steps", "3"]) == 0
+    assert main(["train", str(config), "--output-dir", str(whole), "--max-steps", "3"]) == 0
+    weights = [(d / "final" / "model.safetensors").read_bytes() for d in (run, whole)]
+    assert weights[0] == weights[1]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], "eval_reward" in row) for row in rows] == [
+        (0, True), (1, False), (2, False), (2, True), (3, False), (3, True),
+    ]  # fmt: skip
+    assert main(["train", "--resume", str(run)]) == 0
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(rows)
+
+
+def test_a_run_stopped_before_any_checkpoint_starts_anew(tmp_path, config):
+    run = tmp_path / "run"
+    assert main(["train", str(config), "--output-dir", str(run)]) == 0
+    first = (run / "completions.jsonl").read_bytes()
+    shutil.rmtree(run / "checkpoint-2")
+    assert main(["train", "--resume", str(run)]) == 0
+    assert (run / "completions.jsonl").read_bytes() == first
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "flags", [["--seed", "5"], ["--prompts-per-step", "3"], ["--optim.learning-rate", "1"]]
+)
+def test_resuming_does_not_change_what_is_trained(capsys, tmp_path, config, flags):
+    run = tmp_path / "run"
+    assert main(["train", str(config), "--output-dir", str(run)]) == 0
+    capsys.readouterr()
+    error = run_refused(capsys, "train", "--resume", run, "--max-steps", "4", *flags)
+    assert "may change max_steps" in error
+    assert "give no --overwrite" in run_refused(capsys, "train", "--resume", run, "--output-dir=x")
+    (run / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
+    error = run_refused(capsys, "train", "--resume", run, "--max-steps", "4")
+    assert "cannot restore the optimizer" in error
+
+
+def test_overwrite_deletes_neither_foreign_directories_nor_its_own_input(capsys, tmp_path, config):
+    project = tmp_path / "project"
+    (project / "reference").mkdir(parents=True)
+    (project / "reference" / "paper.pdf").write_text("mine")
+    (project / "config.toml").write_text(config.read_text())
+    words = ["train", project / "config.toml", "--output-dir", project, "--overwrite"]
+    assert "is not a FastRL run" in run_refused(capsys, *words)
+    assert (project / "reference" / "paper.pdf").exists()
+
+    run = tmp_path / "run"
+    assert main(["train", str(config), "--output-dir", str(run)]) == 0
+    head, _, tail = config.read_text().partition("[model.architecture]")
+    text = f'{head}[model]\npath = "{run / "final"}"\n[rollout]{tail.partition("[rollout]")[2]}'
+    config.write_text(text)
+    capsys.readouterr()
+    error = run_refused(capsys, "train", config, "--output-dir", run, "--overwrite")
+    assert "--overwrite would delete" in error
+    assert (run / "final" / "model.safetensors").exists()
+
+
+def test_divergence_is_said_and_not_saved(capsys, tmp_path, config):
+    run = tmp_path / "run"
+    flags = ["--warm-start.steps", "6", "--warm-start.learning-rate", "1e30"]
+    assert main(["train", str(config), "--output-dir", str(run), *flags]) == 2
+    assert "not finite; lower the learning rate" in capsys.readouterr().err
+    assert not (run / "final").exists()
+    assert not list(run.glob("checkpoint-*"))
+
+
+def test_a_reward_that_breaks_in_the_last_evaluation_loses_no_training(capsys, tmp_path, config):
+    path = tmp_path / "late.py"
+    path.write_text(
+        "calls = []\n"
+        "def score(prompts, completions):\n"
+        "    calls.append(1)\n"
+        "    assert len(calls) < 5\n"
+        "    return [len(c) % 3 for c in completions]\n"
+    )
+    run = tmp_path / "run"
+    words = ["train", str(config), "--rewards", f"{path}:score", "--output-dir", str(run)]
+    assert main(words) == 2
+    assert "AssertionError" in capsys.readouterr().err
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("attention_dropout = 0.1", "dropout 0.1"),
+        ("num_attention_heads = 3", "cannot run a packed row"),
+    ],
+)
+def test_models_that_cannot_be_packed_are_refused_first(capsys, tmp_path, config, lines, message):
+    text = config.read_text().replace("num_attention_heads = 4\n", "")
+    default = "" if "num_attention_heads" in lines else "\nnum_attention_heads = 4"
+    config.write_text(text.replace("[rollout]", f"{lines}{default}\n[rollout]"))
+    run = tmp_path / "run"
+    assert message in run_refused(capsys, "train", config, "--output-dir", run)
+    assert not run.exists()

@@ -71,7 +71,7 @@ def test_every_field_has_a_docstring():
         ("[rollout]\nnum_generations = true", "rollout.num_generations must be a whole number"),
         ("[rollout]\nnum_generations = 0", "rollout.num_generations must be at least 1, got 0"),
         ("[rollout]\ntop_p = 1.5", "rollout.top_p must be above 0 and at most 1, got 1.5"),
-        ("[rollout]\ntemperature = nan", "rollout.temperature must be a number, got nan"),
+        ("[rollout]\ntemperature = nan", "rollout.temperature must be a finite number, got nan"),
         ("rollout = 3", "rollout must be a table, got 3"),
         ("rewards = 'task'", "rewards must be a list, got 'task'"),
         ("[optim]\nlr_scheduler_type = 'step'", "must be one of constant, linear, cosine"),

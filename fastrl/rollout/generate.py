@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from fastrl.errors import NotFiniteError
 from fastrl.policy import Policy
 from fastrl.rollout import Sampling
 from fastrl.types import Prompts, Rollouts
@@ -52,8 +53,10 @@ class GenerateEngine:
         finally:
             model.train(was_training)
             model.generation_config = own_settings
-        drawn = sequences[:, input_ids.shape[1] :].cpu()
-        return _trimmed(prompts, drawn, sampler.logps.cpu(), self.policy.eos_token_ids)
+        drawn, logps = sequences[:, input_ids.shape[1] :].cpu(), sampler.logps.cpu()
+        if not torch.isfinite(logps).all():
+            raise NotFiniteError("the model's logits are not finite; lower the learning rate")
+        return _trimmed(prompts, drawn, logps, self.policy.eos_token_ids)
 
     def _num_columns(self) -> int:
         """Columns of the logits that are tokens; the rest is padding and must never be drawn."""

@@ -118,6 +118,10 @@ def _record(line: str, where: str) -> dict[str, Any]:
             f"{where}: expected one JSON object a line, got malformed JSON ({error.msg} at column "
             f"{error.colno})"
         ) from error
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: holds half of a surrogate pair, which is no text") from error
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {_kind(record)}")
     return record
