@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastrl.config import OptimConfig
 from fastrl.errors import NotFiniteError
@@ -37,9 +38,8 @@ def scheduled_learning_rate(config: OptimConfig, step: int, max_steps: int) -> f
     return config.learning_rate * shape[config.lr_scheduler_type]
 
 
-def clip_gradient(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> float:
     """Scale the gradient down to `max_norm`; returns its norm before, which must be finite."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
     if not math.isfinite(norm):
         raise NotFiniteError("the gradient is not finite; lower the learning rate")

@@ -206,7 +206,8 @@ class Trainer:
 
     def _optimizer_step(self) -> float:
         """Clip, step and clear the gradient; returns its norm before clipping."""
-        norm = clip_gradient(self.optimizer, self.config.optim.max_grad_norm)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = clip_gradient(parameters, self.config.optim.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -61,7 +61,7 @@ class WarmStart:
             )
             loss.backward()
             total += float(loss.detach())
-        clip_gradient(self.optimizer, 1.0)
+        clip_gradient(self.policy.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total
