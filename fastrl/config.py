@@ -7,7 +7,6 @@ passes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -210,17 +209,3 @@ class Config:
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
-
-    @property
-    def completions_per_step(self) -> int:
-        """B, the completions of one step."""
-        return self.prompts_per_step * self.rollout.num_generations
-
-    @property
-    def sections(self) -> Mapping[str, Any]:
-        """The nested tables by name."""
-        return {
-            name: getattr(self, name)
-            for name in ("data", "model", "rollout", "objective", "optim", "warm_start",
-                         "eval", "save")
-        }  # fmt: skip
