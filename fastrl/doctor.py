@@ -35,9 +35,10 @@ def _version(name: str) -> str:
 
 def _implementations() -> str:
     """What "auto" runs, and why not Triton where it does not."""
-    chosen = choose_implementation("auto")
+    tensor = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose_implementation("auto", tensor)
     try:
-        choose_implementation("triton")
+        choose_implementation("triton", tensor)
     except ValueError as error:
         return f"{chosen}; {error}"
     return f"{chosen}; triton available"

@@ -2,14 +2,28 @@
 
 from fastrl_kernels.head import LMHead
 from fastrl_kernels.linear_logps import LinearLogps, linear_logps
+from fastrl_kernels.modules import FusedLinearLogps, FusedLinearPolicyLoss
+from fastrl_kernels.plan import Plan, explain
+from fastrl_kernels.policy_loss import PolicyLoss, policy_loss
 from fastrl_kernels.segment_attention import segment_attention
 from fastrl_kernels.segments import Segments, make_segments
+from fastrl_kernels.selected_logps import selected_logps
+from fastrl_kernels.token_loss import TokenLoss, token_loss
 
 __all__ = [
+    "FusedLinearLogps",
+    "FusedLinearPolicyLoss",
     "LMHead",
     "LinearLogps",
+    "Plan",
+    "PolicyLoss",
     "Segments",
+    "TokenLoss",
+    "explain",
     "linear_logps",
     "make_segments",
+    "policy_loss",
     "segment_attention",
+    "selected_logps",
+    "token_loss",
 ]

@@ -1,15 +1,57 @@
 """Which code computes a public function: one meaning of `implementation=` for all of them."""
 
+import importlib.util
+import os
 
-def choose_implementation(implementation: str) -> str:
-    """Name of the implementation to run; "auto" picks, and a choice that cannot be met raises."""
-    if implementation in ("auto", "torch"):
-        return "torch"
-    if implementation == "triton":
+import torch
+from torch import Tensor
+
+
+def interprets_triton() -> bool:
+    """Whether Triton kernels run on CPU tensors, by Triton's own switch for that."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def choose_implementation(implementation: str, tensor: Tensor, *, has_kernel: bool = True) -> str:
+    """Name of the implementation to run; "auto" picks, and a choice that cannot be met raises.
+
+    Triton kernels run on a GPU, and under its interpreter on a CPU; in float64 there are none.
+    has_kernel: whether the function has one at all.
+    """
+    if implementation not in ("auto", "torch", "triton"):
         raise ValueError(
-            'implementation="triton" is unavailable in this version; use "torch", or "auto" to '
-            "take the Triton kernels as soon as they are there"
+            f'implementation must be "auto", "torch" or "triton", got {implementation!r}; '
+            'use "auto"'
         )
+    if implementation == "torch":
+        return "torch"
+    obstacle = None
+    if not has_kernel:
+        obstacle = "this function has no Triton kernel"
+    elif importlib.util.find_spec("triton") is None:
+        obstacle = "triton is not installed"
+    elif tensor.dtype == torch.float64:
+        obstacle = "there are no kernels for float64"
+    elif not (tensor.is_cuda or interprets_triton()):
+        obstacle = f"the tensors are on {tensor.device} and the interpreter is off"
+    if obstacle is None:
+        return "triton" if tensor.is_cuda or implementation == "triton" else "torch"
+    if implementation == "triton":
+        raise ValueError(f'implementation="triton" is impossible: {obstacle}; use "torch"')
+    return "torch"
+
+
+def check_finite(result: Tensor, **inputs: object) -> None:
+    """Raise ValueError naming the inputs that are not finite, if the result is not."""
+    if bool(result.isfinite().all()):
+        return
+    broken = [
+        name
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all()
+    ]
+    cause = f"{' and '.join(broken)} are not finite" if broken else "every input is finite"
     raise ValueError(
-        f'implementation must be "auto", "torch" or "triton", got {implementation!r}; use "auto"'
+        f"expected finite results, got {float(result.flatten().sum())}: {cause}; "
+        "look for a division by zero or an overflow before this call"
     )

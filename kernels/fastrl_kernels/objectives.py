@@ -11,7 +11,9 @@ ratio is constant and its slope zero.
 
 from __future__ import annotations
 
+import difflib
 import functools
+import sys
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -94,37 +96,107 @@ REGULARISERS: dict[str, Callable[..., Any]] = {"k1_score": k1_score, "k2": k2, "
 
 
 class Objective(NamedTuple):
-    """The loss of one token: -surrogate + beta * regulariser."""
+    """The loss of one token: -rollout_weight * surrogate + beta * regulariser.
+
+    Both are functions of this module or the caller's own, of module level so that a kernel can be
+    made of their source. `fastrl_kernels.policy_loss` has all of it inside one pass.
+    """
 
     surrogate: Callable[..., Any]
     hyper_parameters: tuple[float, ...] = ()
     regulariser: Callable[..., Any] | None = None
     beta: float = 0.0
 
+    @property
+    def is_regularised(self) -> bool:
+        """Whether ref_logps are needed."""
+        return self.regulariser is not None and self.beta != 0.0
+
 
 class TokenLosses(NamedTuple):
-    """(S,) each, detached: the loss of every token and its derivative with respect to logp."""
+    """(S,) each, detached."""
 
-    values: Tensor
-    slopes: Tensor
+    values: Tensor  # the loss of every token
+    slopes: Tensor  # its derivative with respect to logp
+    clipped: Tensor  # bool: an advantage, but the surrogate has no slope
 
 
 def evaluate(
     objective: Objective, logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None,
-    advantages: Tensor,
+    advantages: Tensor, rollout_weights: Tensor | None = None,
 ) -> TokenLosses:  # fmt: skip
     """Value and slope of the objective for S tokens, in the dtype of logps, without autograd."""
     with torch.no_grad():
         surrogate = bind_torch(objective.surrogate)
         gain, gain_slope = surrogate(logps, old_logps, advantages, *objective.hyper_parameters)
-        if objective.regulariser is None or objective.beta == 0.0:
-            return TokenLosses(-gain, -gain_slope)
+        clipped = (gain_slope == 0) & (advantages != 0)
+        if rollout_weights is not None:
+            gain, gain_slope = gain * rollout_weights, gain_slope * rollout_weights
+        if not objective.is_regularised or objective.regulariser is None:
+            return TokenLosses(-gain, -gain_slope, clipped)
         if ref_logps is None:
             raise ValueError("expected ref_logps for an objective with beta > 0, got None")
         penalty, penalty_slope = bind_torch(objective.regulariser)(logps, ref_logps)
         return TokenLosses(
-            objective.beta * penalty - gain, objective.beta * penalty_slope - gain_slope
+            values=objective.beta * penalty - gain,
+            slopes=objective.beta * penalty_slope - gain_slope,
+            clipped=clipped,
         )
+
+
+def check_objective(objective: Objective, ref_logps: Tensor | None) -> None:
+    """Raise ValueError for anything but an objective with all that it needs."""
+    if not isinstance(objective, Objective):
+        known = [*SURROGATES, *REGULARISERS]
+        near = difflib.get_close_matches(str(objective), known, n=1)
+        hint = f"; did you mean Objective({near[0]}, ...)?" if near else ""
+        raise ValueError(
+            f"objective must be a fastrl_kernels.objectives.Objective, got {objective!r}; "
+            f"there are the surrogates {', '.join(SURROGATES)}{hint}"
+        )
+    if objective.is_regularised and ref_logps is None:
+        raise ValueError(
+            "an objective with beta > 0 needs ref_logps, got None; take them with linear_logps "
+            "from the reference model, or set beta=0"
+        )
+
+
+def check_per_token(name: str, tensor: Tensor | None, tokens: Tensor) -> None:
+    """Raise ValueError unless there is one floating-point value for each of the tokens."""
+    num_tokens = tokens.shape[0]
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(
+            f"{name} must be a floating-point tensor, got {kind}; convert with .float()"
+        )
+    if tensor.shape != (num_tokens,) or tensor.device != tokens.device:
+        raise ValueError(
+            f"{name} must have one value per token, shape ({num_tokens},) on "
+            f"{tokens.device}, got {tuple(tensor.shape)} on {tensor.device}; "
+            "pack() repeats per-completion values for you"
+        )
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Where an objective's function can be imported from: "module:name", for operators."""
+    source = getattr(function, "fn", function)
+    return f"{source.__module__}:{source.__qualname__}"
+
+
+@functools.cache
+def function_of(name: str) -> Callable[..., Any]:
+    """The function that `name_of` named."""
+    module_name, _, qualified_name = name.partition(":")
+    module = sys.modules.get(module_name)
+    function = getattr(module, qualified_name, None)
+    if function is None:
+        raise ValueError(
+            f"an objective must be a function of a module's top level, got {name}; move it there, "
+            "so that a kernel can be made of its source"
+        )
+    return getattr(function, "fn", function)
 
 
 @functools.cache

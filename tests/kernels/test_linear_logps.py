@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastrl_kernels import LinearLogps, LMHead, linear_logps
 from fastrl_kernels.linear_logps import linear_logps_reference
-from fastrl_kernels.linear_logps.plan import plan_rows
+from fastrl_kernels.plan import explain
 
 S, D, V, R = 37, 19, 123, 3
 SMALL = 0.12  # MiB: a few rows a chunk, several slices of the vocabulary
@@ -184,7 +184,7 @@ def test_workspace_below_one_row_raises(workspace_mb: float) -> None:
     with pytest.raises(ValueError, match="workspace_mb") as error:
         linear_logps(hidden, head, target_ids, workspace_mb=workspace_mb)
     enough = float(str(error.value).rsplit(" ", 1)[1])
-    assert plan_rows(V, D, dtype=hidden.dtype, rank=R, workspace_mb=enough).rows >= 1
+    assert explain(hidden.detach(), head, workspace_mb=enough).rows >= 1
 
 
 @pytest.mark.parametrize(

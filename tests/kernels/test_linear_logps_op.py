@@ -8,7 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastrl_kernels import LMHead, linear_logps
-from fastrl_kernels.linear_logps.op import linear_logps_backward_op, linear_logps_op
+from fastrl_kernels.head_arguments import NUM_TENSORS, to_arguments
+from fastrl_kernels.linear_logps.op import head_gradients_op, linear_logps_op
 
 S, D, V = 7, 5, 23
 
@@ -26,19 +27,24 @@ def make_inputs(seed: int = 0) -> tuple[Tensor, LMHead, Tensor]:
 
 
 def op_arguments(hidden: Tensor, head: LMHead, target_ids: Tensor) -> tuple[Any, ...]:
-    tensors = (hidden, *head[:4], target_ids, torch.full((S,), 0.7))
-    return (*tensors, *head[4:], 1.0, False)
+    arguments = to_arguments(head)
+    temperatures = torch.full((S,), 0.7)
+    tensors = (hidden, *arguments[:NUM_TENSORS], target_ids, temperatures)
+    return (*tensors, *arguments[NUM_TENSORS:], 1.0, False)
 
 
 def test_operators_pass_opcheck() -> None:
-    arguments = op_arguments(*make_inputs())
-    torch.library.opcheck(linear_logps_op, arguments)
-    plain = (arguments[0], arguments[1], None, None, None, *arguments[5:])
-    torch.library.opcheck(linear_logps_op, plain)
-    slopes = [torch.ones(S), torch.ones(S), torch.ones(S)]
+    hidden, head, target_ids = make_inputs()
+    arguments = op_arguments(hidden, head, target_ids)
+    torch.library.opcheck(linear_logps_op, (*arguments, False, "torch"))
+    plain = op_arguments(hidden, LMHead(head.weight), target_ids)
+    torch.library.opcheck(linear_logps_op, (*plain, False, "torch"))
+    slopes = [torch.ones(S), torch.ones(S), torch.ones(S), torch.ones(S)]
     detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-    for needs_grad in ([True] * 5, [True, False, False, True, True]):
-        torch.library.opcheck(linear_logps_backward_op, (*slopes, *detached, needs_grad))
+    for into in (None, torch.zeros(V, D)):
+        for needs_grad in ([True] * 5, [True, False, False, True, True]):
+            inputs = (into, *slopes, *detached, "torch", needs_grad)
+            torch.library.opcheck(head_gradients_op, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

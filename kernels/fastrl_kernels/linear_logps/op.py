@@ -1,12 +1,17 @@
-"""`fastrl::linear_logps` and its backward as operators, for torch.compile and fake tensors."""
+"""`fastrl::linear_logps` and the gradients of a head as operators, for torch.compile and fakes."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrl_kernels.head import LMHead, accumulation_dtype
+from fastrl_kernels.chunks import Inputs
+from fastrl_kernels.head import accumulation_dtype
+from fastrl_kernels.head_arguments import NUM_TENSORS, from_arguments
 from fastrl_kernels.linear_logps import chunked
+from fastrl_kernels.sweep import TokenSlopes, sweep
+
+NUM_TRAINABLE = 5  # hidden_states, weight, bias, lora_a, lora_b: the first inputs
 
 
 @torch.library.custom_op("fastrl::linear_logps", mutates_args=())
@@ -16,28 +21,34 @@ def linear_logps_op(
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
+    absmax: Tensor | None,
+    codebook: Tensor | None,
     target_ids: Tensor,
     temperatures: Tensor,
     lora_scale: float,
     logit_scale: float,
     softcap: float | None,
     vocab_size: int | None,
+    block_size: int | None,
     workspace_mb: float,
     batch_invariant: bool,
+    accumulate_grad: bool,
+    implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `LinearLogps`; the parts of the head come one by one."""
-    head = LMHead(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, vocab_size)
-    _check_values(target_ids, temperatures, head.num_columns)
+    head = from_arguments(
+        hidden_states, weight, bias, lora_a, lora_b, absmax, codebook, lora_scale, logit_scale,
+        softcap, vocab_size, block_size,
+    )  # fmt: skip
+    check_values(target_ids, temperatures, head.num_columns)
+    inputs = Inputs(hidden_states, head, target_ids, temperatures)
     # Autocast would round the float32 operands of every product to half precision.
     with torch.autocast(hidden_states.device.type, enabled=False):
-        return chunked.forward(
-            hidden_states,
-            head,
-            target_ids,
-            temperatures,
-            workspace_mb=workspace_mb,
-            batch_invariant=batch_invariant,
-        )
+        if implementation == "triton":
+            from fastrl_kernels.linear_logps import launch
+
+            return launch.forward(inputs, workspace_mb=workspace_mb)
+        return chunked.forward(inputs, workspace_mb=workspace_mb, batch_invariant=batch_invariant)
 
 
 @linear_logps_op.register_fake
@@ -47,81 +58,115 @@ def _(hidden_states: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return (*values, hidden_states.new_empty(num_tokens, dtype=torch.int64))
 
 
-@torch.library.custom_op("fastrl::linear_logps_backward", mutates_args=())
-def linear_logps_backward_op(
+@torch.library.custom_op("fastrl::head_gradients", mutates_args=("weight_grad",))
+def head_gradients_op(
+    weight_grad: Tensor | None,
     grad_logps: Tensor,
-    grad_entropies: Tensor,
+    grad_entropies: Tensor | None,
     entropies: Tensor,
+    lse: Tensor,
     hidden_states: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
+    absmax: Tensor | None,
+    codebook: Tensor | None,
     target_ids: Tensor,
     temperatures: Tensor,
     lora_scale: float,
     logit_scale: float,
     softcap: float | None,
     vocab_size: int | None,
+    block_size: int | None,
     workspace_mb: float,
     batch_invariant: bool,
+    implementation: str,
     needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `Gradients`."""
-    head = LMHead(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, vocab_size)
+    """The fields of `Gradients`; that of the weight is added into weight_grad if that is given."""
+    head = from_arguments(
+        hidden_states, weight, bias, lora_a, lora_b, absmax, codebook, lora_scale, logit_scale,
+        softcap, vocab_size, block_size,
+    )  # fmt: skip
+    slopes = TokenSlopes(grad_logps, grad_entropies, entropies, lse)
+    inputs = Inputs(hidden_states, head, target_ids, temperatures)
     with torch.autocast(hidden_states.device.type, enabled=False):
-        return chunked.backward(
-            grad_logps,
-            grad_entropies,
-            entropies,
-            hidden_states,
-            head,
-            target_ids,
-            temperatures,
+        if implementation == "triton":
+            from fastrl_kernels.linear_logps import launch_backward
+
+            return launch_backward.backward(
+                slopes, inputs, needs_grad=needs_grad, workspace_mb=workspace_mb,
+                weight_grad=weight_grad,
+            )  # fmt: skip
+        return sweep(
+            slopes,
+            inputs,
             needs_grad=needs_grad,
             workspace_mb=workspace_mb,
             batch_invariant=batch_invariant,
+            weight_grad=weight_grad,
         )
 
 
-@linear_logps_backward_op.register_fake
-def _(
-    grad_logps: Tensor,
-    grad_entropies: Tensor,
-    entropies: Tensor,
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    *args: Any,
-) -> tuple[Tensor, ...]:
-    inputs = (hidden_states, weight, bias, lora_a, lora_b)
+@head_gradients_op.register_fake
+def _(weight_grad: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    hidden_states, needs_grad = args[4], args[-1]
+    return empty_gradients(args[4:9], hidden_states, needs_grad, weight_grad is None)
+
+
+def empty_gradients(
+    tensors: tuple[Tensor | None, ...], hidden_states: Tensor, needs_grad: list[bool],
+    new_weight: bool = True,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Room for the gradients of `Gradients`, for fake tensors."""
+    wanted = [needs_grad[0], needs_grad[1] and new_weight, *needs_grad[2:]]
     return tuple(
         torch.empty_like(tensor) if tensor is not None and needed else hidden_states.new_empty(0)
-        for tensor, needed in zip(inputs, args[-1], strict=True)
+        for tensor, needed in zip(tensors, wanted, strict=True)
     )
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.constants = inputs[:7], inputs[7:]
-    ctx.save_for_backward(output[1], *tensors)
-    ctx.mark_non_differentiable(*output[2:])
-
-
-def _backward(ctx: Any, grad_logps: Tensor, grad_entropies: Tensor, *_: Any) -> tuple[Any, ...]:
-    needs_grad = list(ctx.needs_input_grad[:5])
-    grads = linear_logps_backward_op(
-        grad_logps, grad_entropies, *ctx.saved_tensors, *ctx.constants, needs_grad
+    num_tensors = 1 + NUM_TENSORS + 2
+    tensors, (*ctx.constants, ctx.accumulates, implementation) = (
+        inputs[:num_tensors],
+        inputs[num_tensors:],
     )
+    ctx.constants.append(implementation)
+    ctx.save_for_backward(output[1], output[2], *tensors)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_logps: Any, grad_entropies: Any, *_: Any) -> tuple[Any, ...]:
+    needs_grad = list(ctx.needs_input_grad[:NUM_TRAINABLE])
+    num_inputs = 1 + NUM_TENSORS + 2 + len(ctx.constants) + 1
+    if grad_logps is None and grad_entropies is None:
+        return (None,) * num_inputs
+    entropies, *tensors = ctx.saved_tensors
+    weight = tensors[2]
+    into = grad_buffer(weight) if ctx.accumulates and needs_grad[1] else None
+    grads = head_gradients_op(
+        into, torch.zeros_like(entropies) if grad_logps is None else grad_logps, grad_entropies,
+        entropies, *tensors, *ctx.constants, needs_grad,
+    )  # fmt: skip
+    needs_grad[1] = needs_grad[1] and into is None
     wanted = (grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
-    return (*wanted, *[None] * 8)
+    return (*wanted, *[None] * (num_inputs - NUM_TRAINABLE))
+
+
+def grad_buffer(weight: Tensor) -> Tensor:
+    """`weight.grad`, made if it is not there."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
 
 
 linear_logps_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _check_values(target_ids: Tensor, temperatures: Tensor, vocab_size: int) -> None:
+def check_values(target_ids: Tensor, temperatures: Tensor, vocab_size: int) -> None:
     """Raise ValueError for values out of range; a GPU would have to be waited for, so not there."""
     if target_ids.is_cuda or not target_ids.numel():
         return

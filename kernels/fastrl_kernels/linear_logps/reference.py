@@ -14,6 +14,7 @@ from fastrl_kernels.head import (
     as_lm_head,
     check_inputs,
     per_token_temperature,
+    weight_rows,
 )
 
 
@@ -70,7 +71,7 @@ def _logits(hidden_states: Tensor, head: LMHead) -> Tensor:
     """(S, vocab_size) logits before the temperature, in the accumulation dtype."""
     dtype = accumulation_dtype(hidden_states.dtype)
     hidden = hidden_states.to(dtype)
-    logits = hidden @ head.weight.to(dtype).T
+    logits = hidden @ weight_rows(head, slice(0, head.weight.shape[0])).to(dtype).T
     if head.lora_a is not None and head.lora_b is not None:
         low_rank = hidden @ head.lora_a.to(dtype).T
         logits = logits + head.lora_scale * (low_rank @ head.lora_b.to(dtype).T)

@@ -29,7 +29,7 @@ def segment_attention(
     path, the token itself included. softcap: softcap * tanh(scaled score / softcap). sinks: (H,)
     logits that take part in the denominator only.
     """
-    choose_implementation(implementation)
+    choose_implementation(implementation, q, has_kernel=False)
     _check_shapes(q, k, v, segments)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}; pass None for no cap")

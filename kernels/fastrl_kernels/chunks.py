@@ -1,0 +1,208 @@
+"""One chunk of rows on its way through the head in PyTorch: logits, statistics, logit gradients.
+
+All of it happens in one (R, V) buffer. The logits become probabilities in place, and the entropy,
+the slope of the softcap and the gradient are functions of the probabilities, so no second tensor of
+that size is needed.
+R rows of a chunk, D hidden, V vocabulary without padding, r rank of the adapter.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl_kernels.head import LMHead, accumulation_dtype, weight_rows
+from fastrl_kernels.products import HALF, add_product, product, write_product
+
+
+class Inputs(NamedTuple):
+    """What the head is applied to; S rows in all."""
+
+    hidden_states: Tensor  # (S, D)
+    head: LMHead
+    target_ids: Tensor  # (S,) negative where ignored
+    temperatures: Tensor  # (S,)
+
+
+class Chunk(NamedTuple):
+    """Some rows, with their inputs side by side."""
+
+    row_ids: Tensor  # (R,)
+    num_rows: int  # rows past this one only fill the chunk up, and what they give is dropped
+    hidden_states: Tensor  # (R, D), zero on ignored rows and on filling
+    target_ids: Tensor  # (R, 1), zero on ignored rows
+    temperatures: Tensor  # (R, 1)
+    ignored: Tensor  # (R,)
+
+
+class Softmax(NamedTuple):
+    """(R, 1) each: what softmax leaves of the logits besides the probabilities."""
+
+    logps: Tensor
+    lse: Tensor
+    target_logits: Tensor  # over temperature
+    argmax_ids: Tensor | None
+
+
+def worthwhile_rows(mask: Tensor) -> Tensor:
+    """Indices of the rows to compute: those of the mask, but on a GPU all, so as not to wait."""
+    if mask.is_cuda:
+        return torch.arange(mask.shape[0], device=mask.device)
+    return mask.nonzero()[:, 0]
+
+
+def split(row_ids: Tensor, rows: int, batch_invariant: bool) -> Iterator[tuple[Tensor, int]]:
+    """Chunks of row indices, and how many of each are not filling to make all chunks alike."""
+    for start in range(0, row_ids.shape[0], rows):
+        ids = row_ids[start : start + rows]
+        num_rows = ids.shape[0]
+        if batch_invariant:
+            ids = torch.cat([ids, ids[:1].expand(rows - num_rows)])
+        yield ids, num_rows
+
+
+def column_slices(num_columns: int, columns: int) -> Iterator[slice]:
+    """Consecutive slices of the vocabulary."""
+    for start in range(0, num_columns, columns):
+        yield slice(start, min(start + columns, num_columns))
+
+
+def gather(inputs: Inputs, ids: Tensor, num_rows: int) -> Chunk:
+    """The rows `ids`; those past `num_rows` are filling."""
+    target = inputs.target_ids[ids]
+    ignored = target < 0
+    ignored[num_rows:] = True
+    # Ignored rows may hold anything, and zero times NaN would reach the gradient of the weight.
+    hidden = inputs.hidden_states[ids].masked_fill_(ignored[:, None], 0)
+    if not (hidden.is_cuda and hidden.dtype in HALF):
+        hidden = hidden.to(accumulation_dtype(hidden.dtype))
+    return Chunk(
+        row_ids=ids,
+        num_rows=num_rows,
+        hidden_states=hidden,
+        target_ids=target.clamp_(min=0)[:, None],
+        temperatures=inputs.temperatures[ids][:, None],
+        ignored=ignored,
+    )
+
+
+def low_rank(chunk: Chunk, head: LMHead, *, padded: bool) -> Tensor | None:
+    """(R, r) hidden states after the first half of the adapter."""
+    if head.lora_a is None:
+        return None
+    return product(chunk.hidden_states, head.lora_a.T, padded=padded)
+
+
+def write_logits(
+    out: Tensor, chunk: Chunk, head: LMHead, columns: slice, low_rank: Tensor | None, *,
+    padded: bool,
+) -> None:  # fmt: skip
+    """out (R, columns) = the logits over temperature, after scale and softcap."""
+    write_product(out, chunk.hidden_states, weight_rows(head, columns).T, padded=padded)
+    if low_rank is not None and head.lora_b is not None:
+        adapter = head.lora_b[columns].T
+        add_product(out, low_rank, adapter, scale=head.lora_scale, padded=padded)
+    if head.bias is not None:
+        out.add_(head.bias[columns])
+    if head.logit_scale != 1.0:
+        out.mul_(head.logit_scale)
+    if head.softcap is not None:
+        out.div_(head.softcap).tanh_().mul_(head.softcap)
+    out.div_(chunk.temperatures)
+
+
+def logits_buffer(inputs: Inputs, rows: int, row_ids: Tensor, batch_invariant: bool) -> Tensor:
+    """(R, V) room for the logits of one chunk."""
+    rows = rows if batch_invariant else min(rows, row_ids.shape[0])
+    dtype = accumulation_dtype(inputs.hidden_states.dtype)
+    return inputs.hidden_states.new_empty(rows, inputs.head.num_columns, dtype=dtype)
+
+
+def fill_logits(
+    logits: Tensor, chunk: Chunk, inputs: Inputs, columns: int, *, padded: bool
+) -> None:
+    """logits (R, V) = those of the chunk over temperature, slice by slice."""
+    adapted = low_rank(chunk, inputs.head, padded=padded)
+    for part in column_slices(logits.shape[1], columns):
+        write_logits(logits[:, part], chunk, inputs.head, part, adapted, padded=padded)
+
+
+def softmax_(logits: Tensor, target_ids: Tensor, *, wants_argmax: bool) -> Softmax:
+    """Make (R, V) logits over temperature probabilities in place."""
+    target_logits = logits.gather(1, target_ids)
+    row_max = logits.amax(1, keepdim=True)
+    argmax_ids = logits.argmax(1, keepdim=True) if wants_argmax else None
+    torch.softmax(logits, 1, out=logits)
+    # The largest probability is exp(max - max) over the normaliser.
+    log_normaliser = logits.amax(1, keepdim=True).log_().neg_()
+    logps = (target_logits - row_max) - log_normaliser
+    return Softmax(logps, row_max + log_normaliser, target_logits, argmax_ids)
+
+
+def entropy(probs: Tensor, columns: int) -> Tensor:
+    """(R,) entropies of (R, V) probabilities, a slice of columns at a time."""
+    total = probs.new_zeros(probs.shape[0])
+    for part in column_slices(probs.shape[1], columns):
+        total += torch.special.entr(probs[:, part]).sum(1)
+    return total
+
+
+def power_sums(probs: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """(R,) sums of the squared and the cubed probabilities."""
+    sum_p2, sum_p3 = probs.new_zeros(2, probs.shape[0])
+    for part in column_slices(probs.shape[1], columns):
+        powers = probs[:, part].square()
+        sum_p2 += powers.sum(1)
+        sum_p3 += powers.mul_(probs[:, part]).sum(1)
+    return sum_p2, sum_p3
+
+
+class Slopes(NamedTuple):
+    """(R, 1) each: what a gradient of the logits needs besides the probabilities."""
+
+    logp: Tensor  # d loss / d logp
+    entropy: Tensor | None  # d loss / d entropy; None where all are zero
+    entropies: Tensor
+    lse: Tensor
+
+
+def logit_gradients_(
+    probs: Tensor, temperatures: Tensor, slopes: Slopes, *, logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> None:  # fmt: skip
+    """Make a slice of probabilities the gradient of the same logits, before scale and softcap.
+
+    Without the part of the target:
+        -p (slope_logp + slope_entropy (log p + entropy)) / temperature
+    """
+    scale = logit_scale / temperatures
+    factor = None
+    log_probs = None
+    if slopes.entropy is not None or softcap is not None:
+        log_probs = probs.clamp_min(torch.finfo(probs.dtype).tiny).log_()
+    if softcap is not None and log_probs is not None:
+        factor = softcap_slope_(log_probs.add(slopes.lse).mul_(temperatures), softcap)
+    if slopes.entropy is None:
+        probs.mul_(-slopes.logp * scale)
+    elif log_probs is not None:
+        inner = log_probs.add_(slopes.entropies).mul_(slopes.entropy).add_(slopes.logp)
+        probs.mul_(inner.mul_(-scale))
+    if factor is not None:
+        probs.mul_(factor)
+
+
+def target_gradients(
+    target_logits: Tensor, temperatures: Tensor, logp_slope: Tensor, *, logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """(R, 1) what the gradient of the target's logit has besides the part of all logits."""
+    gradient = logp_slope * (logit_scale / temperatures)
+    if softcap is not None:
+        gradient *= softcap_slope_(target_logits * temperatures, softcap)
+    return gradient
+
+
+def softcap_slope_(capped: Tensor, softcap: float) -> Tensor:
+    """1 - (z / softcap)^2 of capped logits z, in place."""
+    return capped.div_(softcap).square_().neg_().add_(1)

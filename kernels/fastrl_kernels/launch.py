@@ -1,0 +1,198 @@
+"""What every launch of a head's kernels shares: block shapes, rows by index, parts of the head.
+
+S selected tokens, D hidden, V vocabulary without padding, R rows of a chunk, r rank of the adapter.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastrl_kernels.chunks import Inputs
+from fastrl_kernels.head import LMHead, weight_rows
+from fastrl_kernels.implementation import interprets_triton
+from fastrl_kernels.products import HALF, product
+
+NUM_SUMS = 7  # statistics in progress of one row and split, see running_softmax.py
+SPLIT = 2048  # columns whose statistics one program keeps; fixed, so that bits do not depend on S
+
+
+class Blocks(NamedTuple):
+    """Shape of a product's tile and how many threads work on it."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def threads(self) -> dict[str, int]:
+        """The launch's own keywords."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# The largest tiles whose registers and shared memory suffice on sm_80, sm_90, sm_100 and sm_120
+# without spills (benchmarks/kernel_resources.py); not yet tuned on a device.
+LOGITS = {"half": Blocks(128, 64, 32, 8, 4), "wide": Blocks(64, 64, 16, 8, 3)}
+LOGITS_WITH_EXTRAS = {"half": Blocks(64, 64, 32, 8, 3), "wide": Blocks(64, 64, 32, 8, 2)}
+PRODUCT = {"half": Blocks(128, 128, 32, 8, 4), "wide": Blocks(64, 64, 16, 8, 3)}
+INTERPRETED_BLOCKS = Blocks(16, 32, 16, 4, 1)
+ROW_BLOCK = 2048  # columns at a time of a program that has a row to itself
+ROW_WARPS = 8
+INTERPRETED_ROW_BLOCK = 64
+INTERPRETED_SPLIT = 96  # several splits in the small vocabularies of tests
+
+
+def logits_blocks(dtype: torch.dtype, head: LMHead) -> Blocks:
+    """Tile of the kernels that end in statistics or gradients of logits."""
+    if interprets_triton():
+        return INTERPRETED_BLOCKS
+    has_extras = head.bias is not None or head.lora_b is not None or head.softcap is not None
+    return (LOGITS_WITH_EXTRAS if has_extras else LOGITS)["half" if dtype in HALF else "wide"]
+
+
+def product_blocks(dtype: torch.dtype) -> Blocks:
+    """Tile of a plain product; tensor cores take half precision only."""
+    if interprets_triton():
+        return INTERPRETED_BLOCKS
+    return PRODUCT["half" if dtype in HALF else "wide"]
+
+
+def split_columns() -> int:
+    """Columns of one split of the vocabulary."""
+    return INTERPRETED_SPLIT if interprets_triton() else SPLIT
+
+
+def row_block() -> dict[str, int]:
+    """Block and threads of the kernels that take one row a program."""
+    if interprets_triton():
+        return {"BLOCK_V": INTERPRETED_ROW_BLOCK}
+    return {"BLOCK_V": ROW_BLOCK, "num_warps": ROW_WARPS}
+
+
+def upcast() -> dict[str, bool]:
+    """The interpreter's tl.dot is wrong for bf16 operands."""
+    return {"UPCAST": interprets_triton()}
+
+
+def power_of_2(size: int) -> int:
+    """The least power of two that is at least `size`."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def cdiv(size: int, block: int) -> int:
+    """Blocks that cover `size`."""
+    return -(-size // block)
+
+
+class Rows(NamedTuple):
+    """Some rows, those that count first; how many count is known to the device alone."""
+
+    ids: Tensor  # (R,) int64
+    num_rows: Tensor  # (1,) int32
+
+
+def rows_where(mask: Tensor) -> Rows:
+    """All rows, those of the mask (S,) first and in order."""
+    order = torch.argsort(mask.logical_not().to(torch.int8), stable=True)
+    return Rows(order, mask.sum(dtype=torch.int32)[None])
+
+
+def row_chunks(rows: Rows, size: int) -> Iterator[Rows]:
+    """Consecutive chunks of at most `size` rows."""
+    num_rows = rows.ids.shape[0]
+    starts = torch.arange(0, max(num_rows, 1), size, device=rows.ids.device, dtype=torch.int32)
+    counts = (rows.num_rows - starts).clamp_(0, size).to(torch.int32)
+    for index, start in enumerate(range(0, num_rows, size)):
+        yield Rows(rows.ids[start : start + size], counts[index : index + 1])
+
+
+class Part(NamedTuple):
+    """Consecutive rows of the head's tensors."""
+
+    first_column: int
+    num_columns: int
+    weight: Tensor  # (columns, D)
+    bias: Tensor | None
+    lora_b: Tensor | None
+
+
+def parts(head: LMHead, columns: int) -> Iterator[Part]:
+    """The head whole, or in slices of so many columns where its weight has to be unpacked."""
+    num_columns = head.num_columns
+    size = num_columns if isinstance(head.weight, Tensor) else columns
+    for start in range(0, num_columns, size):
+        yield part_of(head, slice(start, min(start + size, num_columns)))
+
+
+def part_of(head: LMHead, columns: slice) -> Part:
+    """Some columns of the head."""
+    return Part(
+        columns.start,
+        columns.stop - columns.start,
+        weight_rows(head, columns),
+        None if head.bias is None else head.bias[columns],
+        None if head.lora_b is None else head.lora_b[columns],
+    )
+
+
+def adapted_rows(inputs: Inputs, rows: Rows) -> Tensor | None:
+    """(R, r) float32: hidden states after the first half of the adapter."""
+    if inputs.head.lora_a is None:
+        return None
+    hidden = inputs.hidden_states[rows.ids]
+    # Rows that do not count may hold anything, and meet zeros later.
+    counts = torch.arange(hidden.shape[0], device=hidden.device) < rows.num_rows
+    return product(hidden.masked_fill_(~counts[:, None], 0), inputs.head.lora_a.T)
+
+
+def product_arguments(
+    inputs: Inputs, part: Part, adapted: Tensor | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Runtime and compile-time arguments of the kernels that multiply with the head."""
+    head, hidden = inputs.head, inputs.hidden_states
+    has_lora = adapted is not None and part.lora_b is not None
+    rank = 0 if part.lora_b is None else part.lora_b.shape[1]
+    runtime = {
+        "hidden_ptr": hidden,
+        "weight_ptr": part.weight,
+        "bias_ptr": part.bias,
+        "low_rank_ptr": adapted,
+        "lora_b_ptr": part.lora_b,
+        "target_ids_ptr": inputs.target_ids,
+        "temperatures_ptr": inputs.temperatures,
+        "num_columns": part.num_columns,
+        "first_column": part.first_column,
+        "hidden_size": hidden.shape[1],
+        "rank": rank,
+        "hidden_stride": hidden.stride(0),
+        "weight_stride": part.weight.stride(0),
+        "low_rank_stride": rank,
+        "lora_b_stride": part.lora_b.stride(0) if part.lora_b is not None else 0,
+        "lora_scale": float(head.lora_scale),
+        "logit_scale": float(head.logit_scale),
+        "softcap": float(head.softcap or 1.0),
+    }
+    blocks = logits_blocks(hidden.dtype, head)
+    constants = {
+        "HAS_BIAS": part.bias is not None,
+        "HAS_LORA": has_lora,
+        "HAS_SOFTCAP": head.softcap is not None,
+        "BLOCK_M": blocks.rows,
+        "BLOCK_V": blocks.columns,
+        "BLOCK_D": blocks.depth,
+        "BLOCK_R": 16,
+        **upcast(),
+        **blocks.threads,
+    }
+    return runtime, constants
+
+
+@functools.cache
+def kernel_function(function: Callable[..., Any]) -> Any:
+    """An objective's function as a device function, from the same source."""
+    return function if hasattr(function, "fn") else triton.jit(function)

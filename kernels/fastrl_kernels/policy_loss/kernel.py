@@ -1,0 +1,96 @@
+"""The fix-up between the products of `policy_loss`, as one Triton kernel.
+
+S selected tokens, V vocabulary without padding, R rows of a chunk.
+"""
+
+import triton
+import triton.language as tl
+
+from fastrl_kernels.running_softmax import logit_gradient, merge_sums
+from fastrl_kernels.token_loss.kernel import token_loss
+
+
+@triton.jit
+def fix_up_kernel(
+    sums_ptr, logits_ptr, gradients_ptr, row_ids_ptr, count_ptr, target_ids_ptr, temperatures_ptr,
+    advantages_ptr, weights_ptr, old_logps_ptr, ref_logps_ptr, rollout_weights_ptr, values_ptr,
+    logps_ptr, entropies_ptr, slopes_ptr, entropy_slopes_ptr, clipped_ptr, unit_ptr, hyper, beta,
+    entropy_coef, num_rows, num_splits, num_columns, logits_stride, gradients_stride, logit_scale,
+    softcap,
+    SURROGATE: tl.constexpr, REGULARISER: tl.constexpr, HAS_OLD: tl.constexpr,
+    HAS_ROLLOUT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GRADIENTS: tl.constexpr,
+    DENSE: tl.constexpr, IS_RAW: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Statistics, loss and slopes of one row; then its logits become their gradients in place.
+
+    gradients_ptr is logits_ptr in the dtype of the hidden states: a row of gradients takes the
+    first half of its own logits. Rows without slopes are left as they are, or zero where DENSE.
+    IS_RAW: the logits are products with the head still, without scale and temperature.
+    """
+    slot = tl.program_id(0).to(tl.int64)
+    counts = slot < tl.load(count_ptr)
+    if (not DENSE) and (not counts):
+        return
+    token = tl.load(row_ids_ptr + slot)
+    slope, entropy_slope, entropy, lse = 0.0, 0.0, 0.0, 0.0
+    if counts:
+        logp, entropy, lse, _sum_p2, _sum_p3, _top = merge_sums(
+            sums_ptr, slot, num_rows, num_splits, BLOCK_SPLITS
+        )
+        old_logp = logp
+        if HAS_OLD:
+            old_logp = tl.load(old_logps_ptr + token)
+        ref_logp = logp
+        if REGULARISER is not None:
+            ref_logp = tl.load(ref_logps_ptr + token)
+        rollout_weight = 1.0
+        if HAS_ROLLOUT:
+            rollout_weight = tl.load(rollout_weights_ptr + token)
+        value, slope, clipped = token_loss(
+            logp, old_logp, ref_logp, tl.load(advantages_ptr + token), rollout_weight, hyper, beta,
+            SURROGATE, REGULARISER,
+        )  # fmt: skip
+        weight = tl.load(weights_ptr + token)
+        slope *= weight
+        entropy_slope = -entropy_coef * weight
+        tl.store(values_ptr + token, weight * (value - entropy_coef * entropy))
+        tl.store(logps_ptr + token, logp)
+        tl.store(entropies_ptr + token, entropy)
+        tl.store(slopes_ptr + token, slope)
+        tl.store(entropy_slopes_ptr + token, entropy_slope)
+        tl.store(clipped_ptr + token, clipped)
+    if not GRADIENTS:
+        return
+    active = (slope != 0.0) | (entropy_slope != 0.0)
+    if (not DENSE) and (not active):
+        return
+    temperature = tl.load(temperatures_ptr + token)
+    write_gradients(
+        logits_ptr + slot * logits_stride, gradients_ptr + slot * gradients_stride,
+        tl.load(target_ids_ptr + token), active, slope, entropy_slope, entropy, lse, temperature,
+        logit_scale, softcap, tl.load(unit_ptr), num_columns, HAS_SOFTCAP, IS_RAW, BLOCK_V,
+    )  # fmt: skip
+
+
+@triton.jit
+def write_gradients(
+    logits, gradients, target, active, slope, entropy_slope, entropy, lse, temperature, logit_scale,
+    softcap, unit, num_columns, HAS_SOFTCAP: tl.constexpr, IS_RAW: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one row of logits, over the first half of the same memory; zero if inactive."""
+    factor = logit_scale / (temperature * unit)
+    for start in range(0, num_columns, BLOCK_V):
+        columns = start + tl.arange(0, BLOCK_V)
+        mask = columns < num_columns
+        z = tl.load(logits + columns, mask, 0.0)
+        if IS_RAW:
+            z = z * logit_scale / temperature
+        gradient = logit_gradient(
+            z, columns == target, slope, entropy_slope, entropy, lse, factor, temperature, softcap,
+            HAS_SOFTCAP,
+        )  # fmt: skip
+        gradient = tl.where(active, gradient, 0.0)
+        # Every thread has read its logits before any of them is overwritten.
+        tl.debug_barrier()
+        tl.store(gradients + columns, gradient, mask)

@@ -1,0 +1,205 @@
+"""`policy_loss` on a GPU in one pass: products, the fix-up kernel, products.
+
+Products either gather the rows that count ("gather", Triton) or take whole chunks ("cublas").
+S selected tokens, D hidden, V vocabulary without padding, R rows of a chunk, r rank of the adapter.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl_kernels.chunks import Chunk, Inputs, column_slices, gather, low_rank
+from fastrl_kernels.gathered_products import Gathered, active_slots, add_hidden_gradients, unit_of
+from fastrl_kernels.head import LMHead
+from fastrl_kernels.launch import (
+    NUM_SUMS,
+    Rows,
+    adapted_rows,
+    cdiv,
+    kernel_function,
+    parts,
+    power_of_2,
+    product_blocks,
+    row_block,
+    row_chunks,
+    rows_where,
+    split_columns,
+)
+from fastrl_kernels.linear_logps.launch import dense_inputs, write_sums
+from fastrl_kernels.linear_logps.launch_backward import add_head_gradients, finish_hidden
+from fastrl_kernels.objectives import Objective
+from fastrl_kernels.plan import MIB, Plan, forward_plan, one_pass_plan, shape_of
+from fastrl_kernels.policy_loss.kernel import fix_up_kernel
+from fastrl_kernels.policy_loss.one_pass import Losses, Tokens, empty_losses
+from fastrl_kernels.policy_loss.reference import PolicyLoss
+from fastrl_kernels.products import HALF, add_product, write_product
+from fastrl_kernels.selected_logps.kernel import stored_logits_kernel
+from fastrl_kernels.sweep import Gradients, empty_gradients, head_sums
+from fastrl_kernels.sweep import add_head_gradients as add_dense_gradients
+
+MAX_SPLITS = 4  # of the sum over the vocabulary that gives the hidden gradients
+ENOUGH_PROGRAMS = 256
+
+
+def products_for(products: str, dtype: torch.dtype) -> str:
+    """Who multiplies: tensor cores take half precision, so for the rest the library is faster."""
+    if products != "auto":
+        return products
+    return "gather" if dtype in HALF else "cublas"
+
+
+def one_pass(
+    inputs: Inputs, tokens: Tokens, objective: Objective, entropy_coef: float, *,
+    needs_grad: list[bool], workspace_mb: float, products: str = "auto",
+) -> tuple[PolicyLoss, Gradients]:  # fmt: skip
+    """As `one_pass.one_pass`, without waiting for the device."""
+    inputs = dense_inputs(inputs)
+    shape = shape_of(inputs.hidden_states, inputs.head)
+    shape = shape._replace(trains_hidden=needs_grad[0], trains_weight=needs_grad[1])
+    make_plan = one_pass_plan if any(needs_grad) else forward_plan
+    plan = make_plan(shape, int(workspace_mb * MIB), False)
+    out = empty_losses(inputs)
+    grads = empty_gradients(inputs, needs_grad)
+    sums = grads._replace(**{name: getattr(grads, name).float() for name in Gradients._fields[1:]})
+    num_tokens = inputs.hidden_states.shape[0]
+    if num_tokens:
+        run = _Run(
+            inputs, tokens, objective, entropy_coef, plan, sums, out,
+            entropy_slopes=torch.zeros_like(out.slopes),
+            unit=unit_of(tokens.weights, inputs.hidden_states.dtype),
+            is_dense=products_for(products, inputs.hidden_states.dtype) == "cublas",
+            wants_gradients=any(needs_grad),
+        )  # fmt: skip
+        rows = rows_where((inputs.target_ids >= 0) & (tokens.weights != 0))
+        buffer = inputs.hidden_states.new_empty(
+            min(plan.rows, num_tokens), shape.vocab_size, dtype=torch.float32
+        )
+        for chunk in row_chunks(rows, plan.rows):
+            run.chunk(chunk, buffer[: chunk.ids.shape[0]])
+    return PolicyLoss(out.values.sum(), out.logps, out.entropies, out.slopes, out.clipped), sums
+
+
+class _Run(NamedTuple):
+    """All that the chunks of one call share."""
+
+    inputs: Inputs
+    tokens: Tokens
+    objective: Objective
+    entropy_coef: float
+    plan: Plan
+    sums: Gradients
+    out: Losses
+    entropy_slopes: Tensor
+    unit: Tensor
+    is_dense: bool
+    wants_gradients: bool
+
+    def chunk(self, rows: Rows, logits: Tensor) -> None:
+        """Loss and gradients of some rows; logits: (R, V) float32 room for theirs."""
+        gradients = logits.view(self.inputs.hidden_states.dtype)[:, : logits.shape[1]]
+        if self.is_dense:
+            dense = gather(self.inputs, rows.ids, rows.ids.shape[0])
+            sums = self.dense_sums(dense, rows, logits)
+            self.fix_up(rows, sums, logits, gradients)
+            if self.wants_gradients:
+                self.dense_gradients(dense, gradients)
+            return
+        wanted = logits if self.wants_gradients else None
+        self.fix_up(rows, write_sums(self.inputs, rows, wanted), logits, gradients)
+        if self.wants_gradients:
+            self.gathered_gradients(rows, gradients)
+
+    def dense_sums(self, chunk: Chunk, rows: Rows, logits: Tensor) -> Tensor:
+        """Fill the logits by whole products; statistics in progress of them."""
+        inputs, head = self.inputs, self.inputs.head
+        adapted = low_rank(chunk, head, padded=False)
+        for part in parts(head, split_columns()):
+            tile = logits[:, part.first_column :][:, : part.num_columns]
+            write_product(tile, chunk.hidden_states, part.weight.T)
+            if adapted is not None and part.lora_b is not None:
+                add_product(tile, adapted, part.lora_b.T, scale=head.lora_scale)
+        num_rows = rows.ids.shape[0]
+        sums = logits.new_empty(1, NUM_SUMS, num_rows)
+        stored_logits_kernel[(num_rows,)](
+            logits, head.bias, rows.ids, rows.num_rows, inputs.target_ids, inputs.temperatures,
+            sums, num_rows, head.num_columns, logits.stride(0), float(head.logit_scale),
+            float(head.softcap or 1.0), BY_SLOT=True, HAS_BIAS=head.bias is not None,
+            HAS_SOFTCAP=head.softcap is not None, REWRITE=_is_rewritten(head), **row_block(),
+        )  # fmt: skip
+        return sums
+
+    def fix_up(self, rows: Rows, sums: Tensor, logits: Tensor, gradients: Tensor) -> None:
+        """Statistics to losses and slopes; logits to their gradients."""
+        inputs, tokens, out = self.inputs, self.tokens, self.out
+        regulariser = self.objective.regulariser if self.objective.is_regularised else None
+        fix_up_kernel[(rows.ids.shape[0],)](
+            sums, logits, gradients, rows.ids, rows.num_rows, inputs.target_ids,
+            inputs.temperatures,
+            tokens.advantages, tokens.weights, tokens.old_logps, tokens.ref_logps,
+            tokens.rollout_weights, out.values, out.logps, out.entropies, out.slopes,
+            self.entropy_slopes, out.clipped, self.unit,
+            tuple(float(x) for x in self.objective.hyper_parameters), float(self.objective.beta),
+            float(self.entropy_coef), sums.shape[2], sums.shape[0], logits.shape[1],
+            logits.stride(0), gradients.stride(0), float(inputs.head.logit_scale),
+            float(inputs.head.softcap or 1.0),
+            SURROGATE=kernel_function(self.objective.surrogate),
+            REGULARISER=None if regulariser is None else kernel_function(regulariser),
+            HAS_OLD=tokens.old_logps is not None, HAS_ROLLOUT=tokens.rollout_weights is not None,
+            HAS_SOFTCAP=inputs.head.softcap is not None, GRADIENTS=self.wants_gradients,
+            DENSE=self.is_dense, IS_RAW=self.is_dense and not _is_rewritten(inputs.head),
+            BLOCK_SPLITS=power_of_2(sums.shape[0]), **row_block(),
+        )  # fmt: skip
+
+    def gathered_gradients(self, rows: Rows, gradients: Tensor) -> None:
+        """Take the rows with a gradient through the products."""
+        inputs, head = self.inputs, self.inputs.head
+        entropy_slopes = self.entropy_slopes if self.entropy_coef != 0.0 else None
+        slots, count = active_slots(rows.ids, rows.num_rows, self.out.slopes, entropy_slopes)
+        adapted = adapted_rows(inputs, rows)
+        hidden_sum = adapted_sum = None
+        if self.sums.hidden_states.numel():
+            hidden_sum = self.room(rows, inputs.hidden_states.shape[1])
+        if head.lora_b is not None and (hidden_sum is not None or self.sums.lora_a.numel()):
+            adapted_sum = self.room(rows, head.lora_b.shape[1])
+        for part in parts(head, split_columns()):
+            columns = slice(part.first_column, part.first_column + part.num_columns)
+            chunk = Gathered(gradients[:, columns], slots, count, self.unit)
+            sums = head_sums(self.sums, columns)
+            add_head_gradients(sums, chunk, inputs, rows, adapted, head.lora_scale)
+            is_first = part.first_column == 0
+            if hidden_sum is not None:
+                add_hidden_gradients(hidden_sum, chunk, part.weight, is_first=is_first)
+            if adapted_sum is not None and part.lora_b is not None:
+                add_hidden_gradients(adapted_sum, chunk, part.lora_b, is_first=is_first)
+        finish_hidden(self.sums, hidden_sum, adapted_sum, inputs, rows.ids[slots.long()])
+
+    def room(self, rows: Rows, width: int) -> Tensor:
+        """(splits, R, width) for sums over the vocabulary, split until the device is full."""
+        blocks = product_blocks(self.inputs.hidden_states.dtype)
+        num_programs = cdiv(rows.ids.shape[0], blocks.rows) * cdiv(width, blocks.columns)
+        num_splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // num_programs))
+        shape = (num_splits, rows.ids.shape[0], width)
+        return self.inputs.hidden_states.new_empty(shape, dtype=torch.float32)
+
+    def dense_gradients(self, chunk: Chunk, gradients: Tensor) -> None:
+        """Take all rows through the products; those without a gradient are zero."""
+        head = self.inputs.head
+        hidden_sum = None
+        if self.sums.hidden_states.numel():
+            hidden_sum = torch.zeros_like(chunk.hidden_states, dtype=torch.float32)
+        adapted = low_rank(chunk, head, padded=False)
+        width = head.num_columns if isinstance(head.weight, Tensor) else split_columns()
+        for columns in column_slices(head.num_columns, width):
+            add_dense_gradients(
+                head_sums(self.sums, columns), hidden_sum, gradients[:, columns], chunk, head,
+                columns, adapted, padded=False,
+            )  # fmt: skip
+        if hidden_sum is not None:
+            dtype = self.sums.hidden_states.dtype
+            self.sums.hidden_states.index_copy_(0, chunk.row_ids, hidden_sum.to(dtype))
+
+
+def _is_rewritten(head: LMHead) -> bool:
+    """Whether a bias or a softcap changes the logits before the fix-up reads them."""
+    return head.bias is not None or head.softcap is not None

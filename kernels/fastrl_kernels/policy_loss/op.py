@@ -1,0 +1,129 @@
+"""`fastrl::policy_loss`, the one-pass engine as an operator: the loss comes with its gradients."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl_kernels.chunks import Inputs
+from fastrl_kernels.head import accumulation_dtype
+from fastrl_kernels.head_arguments import from_arguments
+from fastrl_kernels.linear_logps.op import (
+    NUM_TRAINABLE,
+    check_values,
+    empty_gradients,
+    grad_buffer,
+)
+from fastrl_kernels.objectives import Objective, function_of
+from fastrl_kernels.policy_loss.one_pass import Tokens, one_pass
+
+
+@torch.library.custom_op("fastrl::policy_loss", mutates_args=())
+def policy_loss_op(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    absmax: Tensor | None,
+    codebook: Tensor | None,
+    target_ids: Tensor,
+    temperatures: Tensor,
+    advantages: Tensor,
+    token_weights: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    rollout_weights: Tensor | None,
+    lora_scale: float,
+    logit_scale: float,
+    softcap: float | None,
+    vocab_size: int | None,
+    block_size: int | None,
+    surrogate: str,
+    hyper_parameters: list[float],
+    regulariser: str | None,
+    beta: float,
+    entropy_coef: float,
+    workspace_mb: float,
+    batch_invariant: bool,
+    accumulate_grad: bool,
+    implementation: str,
+    products: str,
+    needs_grad: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `PolicyLoss`, then those of `Gradients`."""
+    head = from_arguments(
+        hidden_states, weight, bias, lora_a, lora_b, absmax, codebook, lora_scale, logit_scale,
+        softcap, vocab_size, block_size,
+    )  # fmt: skip
+    check_values(target_ids, temperatures, head.num_columns)
+    penalty = None if regulariser is None else function_of(regulariser)
+    objective = Objective(function_of(surrogate), tuple(hyper_parameters), penalty, beta)
+    inputs = Inputs(hidden_states, head, target_ids, temperatures)
+    tokens = Tokens(advantages, token_weights, old_logps, ref_logps, rollout_weights)
+    # Autocast would round the float32 operands of every product to half precision.
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        if implementation == "triton":
+            from fastrl_kernels.policy_loss import launch
+
+            result, grads = launch.one_pass(
+                inputs, tokens, objective, entropy_coef, needs_grad=needs_grad,
+                workspace_mb=workspace_mb, products=products,
+            )  # fmt: skip
+        else:
+            result, grads = one_pass(
+                inputs, tokens, objective, entropy_coef, needs_grad=needs_grad,
+                workspace_mb=workspace_mb, batch_invariant=batch_invariant,
+            )  # fmt: skip
+    return (*result, *grads)
+
+
+@policy_loss_op.register_fake
+def _(hidden_states: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    num_tokens, dtype = hidden_states.shape[0], accumulation_dtype(hidden_states.dtype)
+    values = [hidden_states.new_empty(num_tokens, dtype=dtype) for _ in range(3)]
+    grads = empty_gradients((hidden_states, *args[:4]), hidden_states, args[-1])
+    return (
+        hidden_states.new_empty((), dtype=dtype),
+        *values,
+        hidden_states.new_empty(num_tokens, dtype=torch.bool),
+        grads[0],
+        *(grad.to(dtype) if grad.numel() else grad for grad in grads[1:]),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *_, ctx.accumulates, _implementation, _products, ctx.needs_grad = inputs
+    ctx.num_inputs = len(inputs)
+    ctx.consumed = False
+    # The gradients were made for the call's own flags, which autograd's own may fall short of.
+    ctx.dtypes = [tensor.dtype if tensor is not None else None for tensor in inputs[:NUM_TRAINABLE]]
+    ctx.save_for_backward(inputs[1], *output[5:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    nothing = (None,) * ctx.num_inputs
+    if grad_loss is None:
+        return nothing
+    if ctx.consumed:
+        raise RuntimeError(
+            "policy_loss gives its gradients once, and scales them in place; call it again, or use "
+            'engine="min_memory" for a second backward through the same loss'
+        )
+    ctx.consumed = True
+    weight, *grads = ctx.saved_tensors
+    results: list[Tensor | None] = []
+    for index, (grad, needed) in enumerate(zip(grads, ctx.needs_grad, strict=True)):
+        if not needed:
+            results.append(None)
+        elif index == 1 and ctx.accumulates:
+            grad_buffer(weight).addcmul_(grad, grad_loss.to(grad.dtype))
+            results.append(None)
+        else:
+            results.append(grad.mul_(grad_loss).to(ctx.dtypes[index]))
+    return (*results, *nothing[NUM_TRAINABLE:])
+
+
+policy_loss_op.register_autograd(_backward, setup_context=_save_for_backward)
