@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastrl.loss import PassLoss
 from fastrl.packing import PackedPass
 from fastrl.selection import zero_spread_fraction
 from fastrl.types import Rewards, Rollouts, StepMetrics
+from fastrl_kernels import PolicyLoss
 
 GIB = 2**30
 
@@ -123,7 +123,7 @@ def speed_metrics(
 
 
 def record_tokens(
-    rollouts: Rollouts, passes: Sequence[PackedPass], losses: Sequence[PassLoss]
+    rollouts: Rollouts, passes: Sequence[PackedPass], losses: Sequence[PolicyLoss]
 ) -> TokenRecord | None:
     """The trained tokens of all passes side by side; None if there are none."""
     if not passes:

@@ -18,7 +18,7 @@ from fastrl.advantages import ADVANTAGES
 from fastrl.aggregation import AGGREGATIONS
 from fastrl.config import Config
 from fastrl.encoding import decode_completions, encode_prompts, encode_solution
-from fastrl.loss import PassLoss, policy_pass_loss
+from fastrl.loss import policy_pass_loss
 from fastrl.methods import Method
 from fastrl.metrics import (
     GIB,
@@ -39,7 +39,8 @@ from fastrl.seeding import make_generator
 from fastrl.selection import counted_lengths, with_gradient
 from fastrl.tasks import Task
 from fastrl.types import Example, Prompts, Rewards, Rollouts, StepMetrics
-from fastrl_kernels import linear_logps
+from fastrl_kernels import PolicyLoss, linear_logps
+from fastrl_kernels.head import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Update(NamedTuple):
     learning_rate: float
     grad_norm: float
     passes: tuple[PackedPass, ...]
-    losses: tuple[PassLoss, ...]
+    losses: tuple[PolicyLoss, ...]
 
 
 class Trainer:
@@ -160,7 +161,7 @@ class Trainer:
             weights,
             max_tokens_per_pass=self.config.max_tokens_per_pass,
             device=self.policy.device,
-            dtype=self.policy.lm_head.weight.dtype,
+            dtype=accumulation_dtype(self.policy.lm_head.weight.dtype),
         )
         return passes if self.reference is None else [self._with_ref_logps(p) for p in passes]
 
@@ -188,7 +189,7 @@ class Trainer:
         )
         return PackedPass(item.plan, dataclasses.replace(item.batch, ref_logps=out.logps))
 
-    def _backward(self, passes: Sequence[PackedPass]) -> list[PassLoss]:
+    def _backward(self, passes: Sequence[PackedPass]) -> list[PolicyLoss]:
         """Accumulate the gradient of the whole step, one pass in memory at a time."""
         losses = []
         for item in passes:
@@ -233,7 +234,7 @@ class Trainer:
         }
 
 
-def _with_old_logps(passes: Sequence[PackedPass], losses: Sequence[PassLoss]) -> list[PackedPass]:
+def _with_old_logps(passes: Sequence[PackedPass], losses: Sequence[PolicyLoss]) -> list[PackedPass]:
     """The first iteration's log-probabilities are the old policy's: no extra forward."""
     return [
         item

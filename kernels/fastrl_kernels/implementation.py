@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ def choose_implementation(implementation: str, tensor: Tensor, *, has_kernel: bo
     if implementation == "triton":
         raise ValueError(f'implementation="triton" is impossible: {obstacle}; use "torch"')
     return "torch"
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launches inside go to the tensor's device, whichever is current outside."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def check_finite(result: Tensor, **inputs: object) -> None:

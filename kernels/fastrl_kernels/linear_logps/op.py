@@ -8,6 +8,7 @@ from torch import Tensor
 from fastrl_kernels.chunks import Inputs
 from fastrl_kernels.head import accumulation_dtype
 from fastrl_kernels.head_arguments import NUM_TENSORS, from_arguments
+from fastrl_kernels.implementation import on_device
 from fastrl_kernels.linear_logps import chunked
 from fastrl_kernels.sweep import TokenSlopes, sweep
 
@@ -43,7 +44,7 @@ def linear_logps_op(
     check_values(target_ids, temperatures, head.num_columns)
     inputs = Inputs(hidden_states, head, target_ids, temperatures)
     # Autocast would round the float32 operands of every product to half precision.
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    with torch.autocast(hidden_states.device.type, enabled=False), on_device(hidden_states):
         if implementation == "triton":
             from fastrl_kernels.linear_logps import launch
 
@@ -91,7 +92,7 @@ def head_gradients_op(
     )  # fmt: skip
     slopes = TokenSlopes(grad_logps, grad_entropies, entropies, lse)
     inputs = Inputs(hidden_states, head, target_ids, temperatures)
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    with torch.autocast(hidden_states.device.type, enabled=False), on_device(hidden_states):
         if implementation == "triton":
             from fastrl_kernels.linear_logps import launch_backward
 

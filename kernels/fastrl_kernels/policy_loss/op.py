@@ -8,6 +8,7 @@ from torch import Tensor
 from fastrl_kernels.chunks import Inputs
 from fastrl_kernels.head import accumulation_dtype
 from fastrl_kernels.head_arguments import from_arguments
+from fastrl_kernels.implementation import on_device
 from fastrl_kernels.linear_logps.op import (
     NUM_TRAINABLE,
     check_values,
@@ -62,7 +63,7 @@ def policy_loss_op(
     inputs = Inputs(hidden_states, head, target_ids, temperatures)
     tokens = Tokens(advantages, token_weights, old_logps, ref_logps, rollout_weights)
     # Autocast would round the float32 operands of every product to half precision.
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    with torch.autocast(hidden_states.device.type, enabled=False), on_device(hidden_states):
         if implementation == "triton":
             from fastrl_kernels.policy_loss import launch
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels.head import accumulation_dtype
+from fastrl_kernels.implementation import on_device
 from fastrl_kernels.linear_logps.op import check_values
 from fastrl_kernels.selected_logps import chunked
 
@@ -20,7 +21,8 @@ def selected_logps_op(
     if implementation == "triton":
         from fastrl_kernels.selected_logps import launch
 
-        return launch.forward(logits, target_ids, temperatures)
+        with on_device(logits):
+            return launch.forward(logits, target_ids, temperatures)
     return chunked.forward(logits, target_ids, temperatures)
 
 
@@ -63,7 +65,8 @@ def _write_gradients(
     if implementation == "triton":
         from fastrl_kernels.selected_logps import launch
 
-        launch.backward(*arguments)
+        with on_device(logits):
+            launch.backward(*arguments)
     else:
         chunked.backward(*arguments)
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl_kernels.implementation import on_device
 from fastrl_kernels.objectives import Objective, function_of
 from fastrl_kernels.token_loss.reference import token_loss_reference
 
@@ -34,7 +35,8 @@ def token_loss_op(
     tensors = (logps, entropies, advantages, token_weights)
     others = (old_logps, ref_logps, rollout_weights)
     if implementation == "triton":
-        return _launch(*tensors, *others, objective, entropy_coef)
+        with on_device(logps):
+            return _launch(*tensors, *others, objective, entropy_coef)
     old_logps, ref_logps, rollout_weights = others
     out = token_loss_reference(
         *tensors, objective=objective, old_logps=old_logps, ref_logps=ref_logps,

@@ -1,0 +1,181 @@
+"""Every kernel as it is launched on a GPU: half precision and float32, plain and with all.
+
+For kernel_resources.py, which compiles them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+TRITON_DTYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+class Case(NamedTuple):
+    """One kernel in one configuration."""
+
+    name: str
+    kernel: str  # "module:attribute"
+    constants: dict[str, Any]  # functions as "module:attribute"
+    pointers: dict[str, str]  # of those that are not float32
+    absent: tuple[str, ...] = ()  # pointers that are None
+    hyper: int = 0  # length of the tuple of hyper-parameters
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def cases() -> list[Case]:
+    """Every kernel as it is launched on a GPU: half precision and float32, plain and with all."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        found += _head_cases(dtype) + _product_cases(dtype) + _row_cases(dtype)
+    return found + _shared_cases()
+
+
+def _head_cases(dtype: torch.dtype) -> list[Case]:
+    from fastrl_kernels import LMHead
+    from fastrl_kernels.launch import logits_blocks
+
+    name, found = TRITON_DTYPE[dtype], []
+    for has_all in (False, True):
+        head = LMHead(torch.empty(0, 0), softcap=30.0 if has_all else None)
+        blocks = logits_blocks(dtype, head)
+        tiles = {"BLOCK_M": blocks.rows, "BLOCK_V": blocks.columns, "BLOCK_D": blocks.depth}
+        flags = dict.fromkeys(("HAS_BIAS", "HAS_LORA", "HAS_SOFTCAP"), has_all)
+        absent = () if has_all else ("bias_ptr", "low_rank_ptr", "lora_b_ptr")
+        constants = {**flags, **tiles, "BLOCK_R": 16, "UPCAST": False}
+        pointers = dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr", "lora_b_ptr"), f"*{name}")
+        what = f"{name}{', bias, adapter, softcap' if has_all else ''}"
+        for stores in (False, True):
+            found.append(
+                Case(
+                    f"logits ({what}{', stored' if stores else ''})",
+                    "fastrl_kernels.linear_logps.kernel:logits_kernel",
+                    {**constants, "STORE": stores}, pointers,
+                    absent if stores else (*absent, "logits_ptr"), 0, **blocks.threads,
+                )
+            )  # fmt: skip
+        found.append(
+            Case(
+                f"slice gradients ({what})",
+                "fastrl_kernels.linear_logps.kernel:slice_gradients_kernel", constants,
+                {**pointers, "gradients_ptr": f"*{name}"}, absent, 0, **blocks.threads,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _product_cases(dtype: torch.dtype) -> list[Case]:
+    from fastrl_kernels.launch import product_blocks
+
+    module, name, blocks = (
+        "fastrl_kernels.gathered_products",
+        TRITON_DTYPE[dtype],
+        product_blocks(dtype),
+    )
+    operands = dict.fromkeys(("gradients_ptr", "weight_ptr", "rows_ptr"), f"*{name}")
+    hidden = {
+        "ACCUMULATE": True, "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns,
+        "BLOCK_V": blocks.depth, "UPCAST": False,
+    }  # fmt: skip
+    weight = {
+        "ACCUMULATE": True, "BY_TOKEN": True, "BLOCK_V": blocks.rows, "BLOCK_N": blocks.columns,
+        "BLOCK_M": blocks.depth, "UPCAST": False,
+    }  # fmt: skip
+    threads = blocks.threads
+    found = [
+        Case(
+            f"hidden gradients ({name})", f"{module}:hidden_gradients_kernel", hidden, operands,
+            **threads,
+        ),
+        Case(
+            f"weight gradients ({name})", f"{module}:weight_gradients_kernel", weight, operands,
+            **threads,
+        ),
+        Case(
+            f"column sums ({name})", f"{module}:column_sums_kernel",
+            {"BLOCK_V": 128, "BLOCK_M": 16}, operands,
+        ),
+    ]  # fmt: skip
+    if dtype != torch.float32:
+        wide = product_blocks(torch.float32)
+        adapter = {
+            **weight, "BY_TOKEN": False, "BLOCK_V": wide.rows, "BLOCK_N": wide.columns,
+            "BLOCK_M": wide.depth,
+        }  # fmt: skip
+        found.append(
+            Case(
+                f"adapter gradients ({name})", f"{module}:weight_gradients_kernel", adapter,
+                {"gradients_ptr": f"*{name}"}, ("row_ids_ptr",), **wide.threads,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _row_cases(dtype: torch.dtype) -> list[Case]:
+    from fastrl_kernels.launch import row_block
+
+    name, row = TRITON_DTYPE[dtype], row_block()
+    warps, block = row["num_warps"], row["BLOCK_V"]
+    stored = {"BY_SLOT": True, "REWRITE": True, "HAS_BIAS": True, "HAS_SOFTCAP": True}
+    found = []
+    for has_all in (False, True):
+        fix_up = {
+            "SURROGATE": "fastrl_kernels.objectives:clipped_ratio",
+            "REGULARISER": "fastrl_kernels.objectives:k3" if has_all else None,
+            "HAS_OLD": has_all, "HAS_ROLLOUT": has_all, "HAS_SOFTCAP": has_all, "GRADIENTS": True,
+            "DENSE": has_all, "IS_RAW": has_all, "BLOCK_SPLITS": 128, "BLOCK_V": block,
+        }  # fmt: skip
+        absent = () if has_all else ("old_logps_ptr", "ref_logps_ptr", "rollout_weights_ptr")
+        found.append(
+            Case(
+                f"fix-up ({name}{', everything' if has_all else ''})",
+                "fastrl_kernels.policy_loss.kernel:fix_up_kernel", fix_up,
+                {"gradients_ptr": f"*{name}"}, absent, 2, num_warps=warps,
+            )
+        )  # fmt: skip
+    module = "fastrl_kernels.selected_logps.kernel"
+    found.append(
+        Case(
+            f"stored gradients ({name})", f"{module}:stored_gradients_kernel", {"BLOCK_V": block},
+            {"logits_ptr": f"*{name}", "out_ptr": f"*{name}"}, num_warps=warps,
+        )
+    )  # fmt: skip
+    plain = {**dict.fromkeys(stored, False), "BLOCK_V": block}
+    found.append(
+        Case(
+            f"stored logits ({name})", f"{module}:stored_logits_kernel", plain,
+            {"logits_ptr": f"*{name}"}, ("bias_ptr",), num_warps=warps,
+        )
+    )  # fmt: skip
+    if dtype == torch.float32:
+        found.append(
+            Case(
+                "stored logits (fp32, bias, softcap)", f"{module}:stored_logits_kernel",
+                {**stored, "BLOCK_V": block}, {"bias_ptr": "*bf16"}, num_warps=warps,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _shared_cases() -> list[Case]:
+    return [
+        Case(
+            "statistics", "fastrl_kernels.linear_logps.kernel:statistics_kernel",
+            {"BLOCK_SPLITS": 128}, {},
+        ),
+        Case(
+            "active slots", "fastrl_kernels.gathered_products:active_slots_kernel",
+            {"HAS_ENTROPY": True, "BLOCK": 4096}, {},
+        ),
+        Case(
+            "token loss", "fastrl_kernels.token_loss.kernel:token_losses_kernel",
+            {
+                "SURROGATE": "fastrl_kernels.objectives:clipped_ratio",
+                "REGULARISER": "fastrl_kernels.objectives:k3", "HAS_OLD": True,
+                "HAS_REF": True, "HAS_ROLLOUT": True, "BLOCK": 1024,
+            },
+            {}, hyper=2,
+        ),
+    ]  # fmt: skip

@@ -1,0 +1,127 @@
+"""Time and memory of one call, on CPU or CUDA.
+
+Time: implementations take turns, in an order drawn anew every round, so that a slow minute of the
+machine falls on all of them. CUDA is timed with events after the L2 cache has been overwritten, the
+CPU with the wall clock.
+
+Memory on CUDA: most bytes in tensors during the call minus the bytes before it.
+
+Memory on CPU: growth of the resident set during the call, from its high-water mark (VmHWM, what
+`getrusage` calls ru_maxrss), in a process of its own. Before it the inputs are resident, one
+earlier call has loaded libraries, started threads and compiled what gets compiled, its results are
+freed and the heap is trimmed; then the mark is set back to what is resident. So it is what the call
+needs beyond its inputs: outputs, gradients, saved tensors and buffers, in pages really touched.
+ru_maxrss itself cannot be set back, and starts at the size of the parent process. Blocks of a
+mebibyte and more bypass the heap, so that holes in it, which differ from run to run, do not count.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+Step = Callable[[], Any]
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 30
+M_MMAP_THRESHOLD = -3  # from malloc.h
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one call."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def time_interleaved(
+    steps: dict[str, Step], *, device: str, seconds: float, seed: int = 0
+) -> dict[str, Timing]:
+    """Quantiles of every step; `seconds` bounds the rounds, of which there are 5 to 30."""
+    time_one = _cuda_timer() if device == "cuda" else time_on_cpu
+    warm_up = sum(time_one(step) for step in steps.values())
+    num_rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(1000 * seconds / warm_up)))
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    order, shuffle = list(steps), random.Random(seed).shuffle
+    for _ in range(num_rounds):
+        shuffle(order)
+        for name in order:
+            times[name].append(time_one(steps[name]))
+    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    return {
+        name: Timing(*torch.tensor(values, dtype=torch.float64).quantile(levels).tolist())
+        for name, values in times.items()
+    }
+
+
+def time_on_cpu(step: Step) -> float:
+    """Wall milliseconds of one call."""
+    start = time.perf_counter()
+    step()
+    return 1000 * (time.perf_counter() - start)
+
+
+def _cuda_timer() -> Callable[[Step], float]:
+    """Device milliseconds of one call with a cold L2 cache."""
+    cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    flush = torch.empty(4 * cache_bytes, dtype=torch.int8, device="cuda")
+
+    def time_one(step: Step) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+
+    return time_one
+
+
+def peak_on_cuda(step: Step, release: Step) -> int:
+    """Most bytes in tensors during a call beyond those before it; `release` frees its gradients."""
+    step()
+    release()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_on_cpu(step: Step, release: Step) -> int:
+    """Growth of the resident set in bytes; call it in a fresh process (see above)."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+    step()
+    release()
+    gc.collect()
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = _high_water_mark()
+    step()
+    return _high_water_mark() - before
+
+
+def _high_water_mark() -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("expected VmHWM in /proc/self/status; memory on CPU is measured on Linux")
+
+
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """The function's result from a new interpreter; function and arguments must be picklable."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()

@@ -1,0 +1,90 @@
+"""The cases of gpu_suite.py in the order of their value, and who takes part in which.
+
+S selected tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import cases
+import logits_cases
+import torch
+from cases import Case, Prepared
+from implementations import LOGPS, MIN_MEMORY, POLICY, fastrl_variants, policy_loaders
+from inputs import Shape
+
+STABLE = (POLICY, LOGPS, "naive", "trl")  # the rest of the peers run in a process of their own
+
+
+@dataclass(frozen=True)
+class SuiteCase:
+    """A case, the group of implementations in it, and after how long its process is killed."""
+
+    case: Case
+    group: str
+    limit_seconds: float
+
+    def __str__(self) -> str:
+        """Name in the results; the same case can come once for each group."""
+        return f"{self.case} [{self.group}]"
+
+
+def suite_cases(tiny: bool) -> list[SuiteCase]:
+    """16384 tokens of a 152k vocabulary in bf16, hidden sizes of Qwen3's 0.6B, 1.7B and 8B."""
+    num_tokens, vocab_size = (64, 1024) if tiny else (16384, 151936)
+    sizes = (32, 64, 128) if tiny else (1024, 2048, 4096)
+    device = "cpu" if tiny else "cuda"
+    small, medium, large = (
+        Shape(num_tokens, vocab_size, size, torch.bfloat16, device) for size in sizes
+    )
+    logits = Shape(num_tokens // 2, vocab_size, 0, torch.bfloat16, device)
+    return [
+        SuiteCase(Case("policy_loss", medium), "engines", 90),
+        SuiteCase(Case("policy_loss", large), "engines", 90),
+        SuiteCase(Case("policy_loss", small), "engines", 90),
+        SuiteCase(Case("forward", medium), "all", 60),
+        SuiteCase(Case("policy_loss", medium, 0.2), "engines 256MiB", 60),
+        SuiteCase(Case("policy_loss", medium), "peers", 90),
+        SuiteCase(Case("selected_logps", logits), "logits", 45),
+        SuiteCase(Case("selected_forward", logits), "logits", 45),
+        SuiteCase(Case("linear_logps", medium), "all", 60),
+        SuiteCase(Case("forward", large), "all", 60),
+        SuiteCase(Case("policy_loss", large), "peers", 90),
+        SuiteCase(Case("policy_loss", large, 0.2), "engines 256MiB", 60),
+        SuiteCase(Case("forward", small), "all", 60),
+        SuiteCase(Case("linear_logps", large), "all", 60),
+        SuiteCase(Case("policy_loss", small), "peers", 90),
+    ]
+
+
+def prepare_engines(case: Case, only: str | None = None) -> Prepared:
+    """Ours with every engine and two workspaces, beside naive and TRL."""
+    return cases.prepare(case, only, _stable() | fastrl_variants((256, 2048)))
+
+
+def prepare_engines_small(case: Case, only: str | None = None) -> Prepared:
+    """The same with one workspace."""
+    return cases.prepare(case, only, _stable() | fastrl_variants((256,)))
+
+
+def prepare_peers(case: Case, only: str | None = None) -> Prepared:
+    """All the other peers beside our default."""
+    elsewhere = {*STABLE, MIN_MEMORY} - {POLICY}
+    chosen = {name: loader for name, loader in policy_loaders().items() if name not in elsewhere}
+    return cases.prepare(case, only, chosen)
+
+
+def _stable() -> cases.Loaders:
+    loaders = policy_loaders()
+    return {name: loaders[name] for name in STABLE}
+
+
+GROUPS: dict[str, Callable[..., Prepared]] = {
+    "engines": prepare_engines,
+    "engines 256MiB": prepare_engines_small,
+    "peers": prepare_peers,
+    "all": cases.prepare,
+    "logits": logits_cases.prepare,
+}
