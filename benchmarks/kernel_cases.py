@@ -135,6 +135,14 @@ def _row_cases(dtype: torch.dtype) -> list[Case]:
                 {"gradients_ptr": f"*{name}"}, absent, 2, num_warps=warps,
             )
         )  # fmt: skip
+    if dtype != torch.float32:
+        found.append(
+            Case(
+                "gradients (fp16)", "fastrl_kernels.policy_loss.kernel:gradients_kernel",
+                {"HAS_SOFTCAP": True, "BLOCK_V": block}, {"gradients_ptr": "*fp16"},
+                num_warps=warps,
+            )
+        )  # fmt: skip
     module = "fastrl_kernels.selected_logps.kernel"
     found.append(
         Case(

@@ -10,7 +10,7 @@ import torch
 from benchmarks.report_demo import BEGIN, CURVE, END, RESULTS, render
 from fastrl.cli import COMMANDS
 from fastrl.config_io import load_config
-from fastrl_kernels import LinearLogps
+from fastrl_kernels import LinearLogps, Plan, PolicyLoss
 from tests.helpers import random_ids, tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,7 @@ def test_examples_are_valid_configs():
         assert load_config(path).task
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/modules.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/modules.md", "kernels/README.md"])
 def test_python_examples_run_as_written(page):
     """Each block sees a model and token ids, as the text around it says."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
@@ -74,9 +74,13 @@ def test_python_examples_run_as_written(page):
             "completion_ids": [flat[:2], flat[2:]],
             "hidden_states": torch.randn(7, 32, generator=torch.Generator().manual_seed(0)),
             "target_ids": random_ids([7])[0],
+            "torch": torch,
+            "advantages": torch.linspace(-1, 1, 7),
+            "token_weights": torch.full((7,), 1 / 7),
+            "old_logps": torch.linspace(-5, -3, 7),
         }
         exec(compile(block, page, "exec"), names)
         out = names["out"]
-        assert isinstance(out, LinearLogps)
+        assert isinstance(out, LinearLogps | PolicyLoss | Plan)
         if "plan" in names:
             assert [len(logps) for logps in names["logps"]] == [4, 2, 6, 1]

@@ -22,7 +22,10 @@ from fastrl_kernels.products import HALF, TILE, round_up
 
 MIB = 2**20
 ENGINES = ("auto", "one_pass", "min_memory")
-MAX_ROWS = 1024  # enough rows to share each slice of the weight; more would only take memory
+# Rows that share each slice of the weight; more would only take memory.
+MAX_ROWS = {"cpu": 512, "cuda": 4096}
+LIBRARY_SHARE = 8  # an eighth of the workspace is left to buffers of the libraries below
+MAX_TILE_ROWS = 4096  # of min_memory
 SLICE = 2048  # columns of a slice in min_memory; the gradients of hidden states add up over slices
 SCALARS_PER_ROW = 32  # ids, temperatures, maxima, sums and slopes of one row
 # Operations that a device does in the time of moving one byte: the price of adding every chunk to
@@ -100,7 +103,8 @@ def explain(
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}; use auto")
     shape = shape_of(hidden_states, lm_head)
     workspace = int(workspace_mb * MIB)
-    if not (shape.trains_hidden or shape.trains_weight):
+    head = as_lm_head(lm_head)
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in (hidden_states, *head)):
         return forward_plan(shape, workspace, batch_invariant)
     if engine == "min_memory":
         return min_memory_plan(shape, workspace, batch_invariant)
@@ -158,7 +162,8 @@ def _row_chunks(engine: str, shape: Shape, workspace: int, batch_invariant: bool
     fixed_bytes = _fixed_bytes(shape, columns)
     if engine == "one_pass":
         fixed_bytes += _accumulator_bytes(shape)
-    rows = max(0, min(MAX_ROWS, (workspace - fixed_bytes) // row_bytes))
+    workspace -= workspace // LIBRARY_SHARE
+    rows = max(0, min(MAX_ROWS.get(shape.device, 512), (workspace - fixed_bytes) // row_bytes))
     if rows > TILE:
         rows -= rows % TILE
     used = rows if batch_invariant else min(rows, round_up(shape.num_tokens))
@@ -181,8 +186,8 @@ def _sweep_rows(
     fixed_bytes = _fixed_bytes(shape, columns)
     if shape.dtype in HALF and shape.trains_hidden:
         fixed_bytes += hidden_block(shape, workspace) * width * shape.itemsize
-    rows = (workspace - fixed_bytes) // row_bytes
-    rows = max(1, min(4 * MAX_ROWS, rows - rows % TILE if rows > TILE else rows))
+    rows = (workspace - workspace // LIBRARY_SHARE - fixed_bytes) // row_bytes
+    rows = max(1, min(MAX_TILE_ROWS, rows - rows % TILE if rows > TILE else rows))
     used = rows if batch_invariant else min(rows, round_up(shape.num_tokens))
     return rows, used * row_bytes + fixed_bytes
 

@@ -14,7 +14,7 @@ from fastrl_kernels.token_loss.kernel import token_loss
 def fix_up_kernel(
     sums_ptr, logits_ptr, gradients_ptr, row_ids_ptr, count_ptr, target_ids_ptr, temperatures_ptr,
     advantages_ptr, weights_ptr, old_logps_ptr, ref_logps_ptr, rollout_weights_ptr, values_ptr,
-    logps_ptr, entropies_ptr, slopes_ptr, entropy_slopes_ptr, clipped_ptr, unit_ptr, hyper, beta,
+    logps_ptr, entropies_ptr, lse_ptr, slopes_ptr, entropy_slopes_ptr, clipped_ptr, hyper, beta,
     entropy_coef, num_rows, num_splits, num_columns, logits_stride, gradients_stride, logit_scale,
     softcap,
     SURROGATE: tl.constexpr, REGULARISER: tl.constexpr, HAS_OLD: tl.constexpr,
@@ -56,6 +56,7 @@ def fix_up_kernel(
         tl.store(values_ptr + token, weight * (value - entropy_coef * entropy))
         tl.store(logps_ptr + token, logp)
         tl.store(entropies_ptr + token, entropy)
+        tl.store(lse_ptr + token, lse)
         tl.store(slopes_ptr + token, slope)
         tl.store(entropy_slopes_ptr + token, entropy_slope)
         tl.store(clipped_ptr + token, clipped)
@@ -68,7 +69,31 @@ def fix_up_kernel(
     write_gradients(
         logits_ptr + slot * logits_stride, gradients_ptr + slot * gradients_stride,
         tl.load(target_ids_ptr + token), active, slope, entropy_slope, entropy, lse, temperature,
-        logit_scale, softcap, tl.load(unit_ptr), num_columns, HAS_SOFTCAP, IS_RAW, BLOCK_V,
+        logit_scale, softcap, 1.0, num_columns, HAS_SOFTCAP, IS_RAW, BLOCK_V,
+    )  # fmt: skip
+
+
+@triton.jit
+def gradients_kernel(
+    logits_ptr, gradients_ptr, row_ids_ptr, count_ptr, target_ids_ptr, temperatures_ptr,
+    slopes_ptr, entropy_slopes_ptr, entropies_ptr, lse_ptr, unit_ptr, num_columns, logits_stride,
+    gradients_stride, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The last part of the fix-up alone: float16 has to see all slopes before it picks a unit."""
+    slot = tl.program_id(0).to(tl.int64)
+    if slot >= tl.load(count_ptr):
+        return
+    token = tl.load(row_ids_ptr + slot)
+    slope = tl.load(slopes_ptr + token)
+    entropy_slope = tl.load(entropy_slopes_ptr + token)
+    if (slope == 0.0) and (entropy_slope == 0.0):
+        return
+    write_gradients(
+        logits_ptr + slot * logits_stride, gradients_ptr + slot * gradients_stride,
+        tl.load(target_ids_ptr + token), True, slope, entropy_slope,
+        tl.load(entropies_ptr + token), tl.load(lse_ptr + token),
+        tl.load(temperatures_ptr + token), logit_scale, softcap, tl.load(unit_ptr), num_columns,
+        HAS_SOFTCAP, False, BLOCK_V,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from fastrl_kernels.linear_logps.launch import dense_inputs, write_sums
 from fastrl_kernels.linear_logps.launch_backward import add_head_gradients, finish_hidden
 from fastrl_kernels.objectives import Objective
 from fastrl_kernels.plan import MIB, Plan, forward_plan, one_pass_plan, shape_of
-from fastrl_kernels.policy_loss.kernel import fix_up_kernel
+from fastrl_kernels.policy_loss.kernel import fix_up_kernel, gradients_kernel
 from fastrl_kernels.policy_loss.one_pass import Losses, Tokens, empty_losses
 from fastrl_kernels.policy_loss.reference import PolicyLoss
 from fastrl_kernels.products import HALF, add_product, write_product
@@ -38,12 +38,18 @@ from fastrl_kernels.selected_logps.kernel import stored_logits_kernel
 from fastrl_kernels.sweep import Gradients, empty_gradients, head_sums
 from fastrl_kernels.sweep import add_head_gradients as add_dense_gradients
 
+PRODUCTS = ("auto", "gather", "cublas")
 MAX_SPLITS = 4  # of the sum over the vocabulary that gives the hidden gradients
 ENOUGH_PROGRAMS = 256
 
 
 def products_for(products: str, dtype: torch.dtype) -> str:
     """Who multiplies: tensor cores take half precision, so for the rest the library is faster."""
+    if products not in PRODUCTS or (products == "cublas" and dtype == torch.float16):
+        raise ValueError(
+            f"products must be one of {', '.join(PRODUCTS)}, and not cublas for float16, whose "
+            f"range needs the units of the others; got {products!r} for {dtype}; use auto"
+        )
     if products != "auto":
         return products
     return "gather" if dtype in HALF else "cublas"
@@ -67,7 +73,8 @@ def one_pass(
         run = _Run(
             inputs, tokens, objective, entropy_coef, plan, sums, out,
             entropy_slopes=torch.zeros_like(out.slopes),
-            unit=unit_of(tokens.weights, inputs.hidden_states.dtype),
+            lse=torch.zeros_like(out.slopes),
+            one=torch.ones_like(out.slopes[:1]),
             is_dense=products_for(products, inputs.hidden_states.dtype) == "cublas",
             wants_gradients=any(needs_grad),
         )  # fmt: skip
@@ -90,25 +97,34 @@ class _Run(NamedTuple):
     plan: Plan
     sums: Gradients
     out: Losses
-    entropy_slopes: Tensor
-    unit: Tensor
+    entropy_slopes: Tensor  # (S,)
+    lse: Tensor  # (S,)
+    one: Tensor  # (1,)
     is_dense: bool
     wants_gradients: bool
 
     def chunk(self, rows: Rows, logits: Tensor) -> None:
         """Loss and gradients of some rows; logits: (R, V) float32 room for theirs."""
-        gradients = logits.view(self.inputs.hidden_states.dtype)[:, : logits.shape[1]]
+        dtype = self.inputs.hidden_states.dtype
+        gradients = logits.view(dtype)[:, : logits.shape[1]]
         if self.is_dense:
             dense = gather(self.inputs, rows.ids, rows.ids.shape[0])
             sums = self.dense_sums(dense, rows, logits)
-            self.fix_up(rows, sums, logits, gradients)
+            self.fix_up(rows, sums, logits, gradients, wants_gradients=self.wants_gradients)
             if self.wants_gradients:
                 self.dense_gradients(dense, gradients)
             return
-        wanted = logits if self.wants_gradients else None
-        self.fix_up(rows, write_sums(self.inputs, rows, wanted), logits, gradients)
+        sums = write_sums(self.inputs, rows, logits if self.wants_gradients else None)
+        is_narrow = dtype == torch.float16
+        wants_gradients = self.wants_gradients and not is_narrow
+        self.fix_up(rows, sums, logits, gradients, wants_gradients=wants_gradients)
+        unit = self.one
+        if self.wants_gradients and is_narrow:
+            slopes = torch.stack([self.out.slopes[rows.ids], self.entropy_slopes[rows.ids]])
+            unit = unit_of(slopes, dtype)
+            self.write_gradients(rows, logits, gradients, unit)
         if self.wants_gradients:
-            self.gathered_gradients(rows, gradients)
+            self.gathered_gradients(rows, gradients, unit)
 
     def dense_sums(self, chunk: Chunk, rows: Rows, logits: Tensor) -> Tensor:
         """Fill the logits by whole products; statistics in progress of them."""
@@ -129,7 +145,9 @@ class _Run(NamedTuple):
         )  # fmt: skip
         return sums
 
-    def fix_up(self, rows: Rows, sums: Tensor, logits: Tensor, gradients: Tensor) -> None:
+    def fix_up(
+        self, rows: Rows, sums: Tensor, logits: Tensor, gradients: Tensor, *, wants_gradients: bool
+    ) -> None:
         """Statistics to losses and slopes; logits to their gradients."""
         inputs, tokens, out = self.inputs, self.tokens, self.out
         regulariser = self.objective.regulariser if self.objective.is_regularised else None
@@ -137,8 +155,9 @@ class _Run(NamedTuple):
             sums, logits, gradients, rows.ids, rows.num_rows, inputs.target_ids,
             inputs.temperatures,
             tokens.advantages, tokens.weights, tokens.old_logps, tokens.ref_logps,
-            tokens.rollout_weights, out.values, out.logps, out.entropies, out.slopes,
-            self.entropy_slopes, out.clipped, self.unit,
+            tokens.rollout_weights, out.values, out.logps, out.entropies, self.lse,
+            out.slopes,
+            self.entropy_slopes, out.clipped,
             tuple(float(x) for x in self.objective.hyper_parameters), float(self.objective.beta),
             float(self.entropy_coef), sums.shape[2], sums.shape[0], logits.shape[1],
             logits.stride(0), gradients.stride(0), float(inputs.head.logit_scale),
@@ -146,12 +165,23 @@ class _Run(NamedTuple):
             SURROGATE=kernel_function(self.objective.surrogate),
             REGULARISER=None if regulariser is None else kernel_function(regulariser),
             HAS_OLD=tokens.old_logps is not None, HAS_ROLLOUT=tokens.rollout_weights is not None,
-            HAS_SOFTCAP=inputs.head.softcap is not None, GRADIENTS=self.wants_gradients,
+            HAS_SOFTCAP=inputs.head.softcap is not None, GRADIENTS=wants_gradients,
             DENSE=self.is_dense, IS_RAW=self.is_dense and not _is_rewritten(inputs.head),
             BLOCK_SPLITS=power_of_2(sums.shape[0]), **row_block(),
         )  # fmt: skip
 
-    def gathered_gradients(self, rows: Rows, gradients: Tensor) -> None:
+    def write_gradients(self, rows: Rows, logits: Tensor, gradients: Tensor, unit: Tensor) -> None:
+        """Logits to their gradients in place, in units of `unit` (1,)."""
+        head = self.inputs.head
+        gradients_kernel[(rows.ids.shape[0],)](
+            logits, gradients, rows.ids, rows.num_rows, self.inputs.target_ids,
+            self.inputs.temperatures, self.out.slopes, self.entropy_slopes, self.out.entropies,
+            self.lse, unit, logits.shape[1], logits.stride(0), gradients.stride(0),
+            float(head.logit_scale), float(head.softcap or 1.0),
+            HAS_SOFTCAP=head.softcap is not None, **row_block(),
+        )  # fmt: skip
+
+    def gathered_gradients(self, rows: Rows, gradients: Tensor, unit: Tensor) -> None:
         """Take the rows with a gradient through the products."""
         inputs, head = self.inputs, self.inputs.head
         entropy_slopes = self.entropy_slopes if self.entropy_coef != 0.0 else None
@@ -164,7 +194,7 @@ class _Run(NamedTuple):
             adapted_sum = self.room(rows, head.lora_b.shape[1])
         for part in parts(head, split_columns()):
             columns = slice(part.first_column, part.first_column + part.num_columns)
-            chunk = Gathered(gradients[:, columns], slots, count, self.unit)
+            chunk = Gathered(gradients[:, columns], slots, count, unit)
             sums = head_sums(self.sums, columns)
             add_head_gradients(sums, chunk, inputs, rows, adapted, head.lora_scale)
             is_first = part.first_column == 0

@@ -1,0 +1,221 @@
+"""The kernels on an NVIDIA GPU at real sizes; needs torch, triton and pytest there, nothing else.
+
+S tokens, D hidden, V vocabulary.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastrl_kernels import (
+    LMHead,
+    explain,
+    linear_logps,
+    policy_loss,
+    selected_logps,
+    token_loss,
+)
+from fastrl_kernels.objectives import Objective, clipped_ratio, k3
+from fastrl_kernels.policy_loss import policy_loss_reference
+from fastrl_kernels.selected_logps import selected_logps_reference
+from fastrl_kernels.token_loss import token_loss_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+HALF = [torch.bfloat16, torch.float16]
+GRPO = Objective(clipped_ratio, (0.2, 0.28))
+ENGINES = [("one_pass", "gather"), ("one_pass", "cublas"), ("min_memory", "auto")]
+
+
+def make_case(
+    num_tokens: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, *, extras: bool = False
+) -> tuple[Tensor, LMHead, dict[str, Tensor]]:
+    """Peaked logits with the targets likely, and everything that a policy loss takes."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    weight = normal(vocab_size, hidden_size) / hidden_size**0.5
+    target_ids = torch.randint(vocab_size, (num_tokens,), generator=generator, device="cuda")
+    hidden = 8 * weight[target_ids] + 0.3 * normal(num_tokens, hidden_size)
+    head = LMHead(weight.to(dtype).requires_grad_())
+    if extras:
+        head = head._replace(
+            bias=normal(vocab_size).to(dtype).requires_grad_(),
+            lora_a=(normal(8, hidden_size) / hidden_size**0.5).to(dtype).requires_grad_(),
+            lora_b=normal(vocab_size, 8).to(dtype).requires_grad_(),
+            softcap=30.0,
+            vocab_size=vocab_size - 3,
+        )
+        target_ids.clamp_(max=vocab_size - 4)
+    target_ids[::17] = -1
+    hidden[::17] = float("nan")
+    logps = -torch.rand(num_tokens, generator=generator, device="cuda")
+    tensors = {
+        "target_ids": target_ids,
+        "advantages": normal(num_tokens) * (torch.arange(num_tokens, device="cuda") % 3 > 0),
+        "token_weights": torch.full((num_tokens,), 1 / num_tokens, device="cuda"),
+        "old_logps": logps,
+        "ref_logps": logps - 0.1,
+    }
+    return hidden.to(dtype).requires_grad_(), head, tensors
+
+
+def leaves(hidden: Tensor, head: LMHead) -> list[Tensor]:
+    return [x for x in (hidden, *head[:4]) if isinstance(x, Tensor)]
+
+
+def copied(hidden: Tensor, head: LMHead, dtype: torch.dtype) -> tuple[Tensor, LMHead]:
+    """For the reference, which multiplies what ignored rows hold by zero."""
+    parts = [
+        x.detach().to(dtype).nan_to_num().requires_grad_() if isinstance(x, Tensor) else x
+        for x in (hidden, *head)
+    ]
+    return parts[0], LMHead._make(parts[1:])  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize(("engine", "products"), ENGINES)
+@pytest.mark.parametrize("extras", [False, True])
+def test_policy_loss_against_float64(dtype, engine, products, extras):
+    if dtype == torch.float16 and products == "cublas":
+        pytest.skip("float16 gradients need the units of the gathered products")
+    hidden, head, tensors = make_case(515, 5003, 200, dtype, extras=extras)
+    settings = {"objective": Objective(clipped_ratio, (0.2, 0.28), k3, 0.04), "entropy_coef": 0.01}
+    wide, wide_head = copied(hidden, head, torch.float64)
+    truth = policy_loss_reference(wide, wide_head, **tensors, **settings)
+    expected = torch.autograd.grad(truth.loss, leaves(wide, wide_head))
+    out = policy_loss(
+        hidden, head, **tensors, **settings, engine=engine, products=products,
+        implementation="triton", workspace_mb=24,
+    )  # fmt: skip
+    got = torch.autograd.grad(out.loss, leaves(hidden, head))
+    for name in ("logps", "entropies"):
+        assert (getattr(out, name).double() - getattr(truth, name)).abs().max() <= 1e-4
+    assert torch.equal(out.clipped, truth.clipped)
+    same, same_head = copied(hidden, head, dtype)
+    naive = policy_loss_reference(same, same_head, **tensors, **settings)
+    pytorch = torch.autograd.grad(naive.loss, leaves(same, same_head))
+    for grad, peer, exact in zip(got, pytorch, expected, strict=True):
+        error, peer_error = (grad.double() - exact).norm(), (peer.double() - exact).norm()
+        unit = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6
+        assert error <= 3 * peer_error + unit * exact.norm()
+
+
+@pytest.mark.parametrize(("engine", "products"), ENGINES)
+def test_twenty_runs_give_the_same_bits(engine, products):
+    hidden, head, tensors = make_case(1031, 32003, 512, torch.bfloat16)
+    del tensors["ref_logps"]
+    first: list[Tensor] = []
+    for _ in range(20):
+        out = policy_loss(
+            hidden, head, **tensors, objective=GRPO, engine=engine, products=products,
+            workspace_mb=2048 if engine == "one_pass" else 64,
+        )  # fmt: skip
+        found = [out.loss, out.logps, *torch.autograd.grad(out.loss, leaves(hidden, head))]
+        first = first or found
+        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+
+
+def test_nothing_waits_for_the_device_and_a_graph_captures_it():
+    hidden, head, tensors = make_case(700, 32000, 256, torch.bfloat16)
+    del tensors["ref_logps"]
+
+    def step() -> list[Tensor]:
+        out = policy_loss(hidden, head, **tensors, objective=GRPO, workspace_mb=512)
+        again = linear_logps(hidden, head, tensors["target_ids"])
+        loss = out.loss + again.logps.sum()
+        return [loss, *torch.autograd.grad(loss, leaves(hidden, head))]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.parametrize(("engine", "workspace_mb"), [("one_pass", 2048), ("min_memory", 256)])
+def test_memory_stays_inside_the_plan(engine, workspace_mb):
+    hidden, head, tensors = make_case(8192, 151936, 1024, torch.bfloat16)
+    del tensors["ref_logps"]
+    plan = explain(hidden, head, engine=engine, workspace_mb=workspace_mb)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    policy_loss(
+        hidden, head, **tensors, objective=GRPO, engine=engine, workspace_mb=workspace_mb
+    ).loss.backward()
+    extra = torch.cuda.max_memory_allocated() - before - plan.gradient_bytes
+    assert extra <= workspace_mb * 2**20 + 64 * 8192
+
+
+def test_offsets_beyond_two_to_the_31():
+    num_tokens, vocab_size = 16400, 151936
+    logits = torch.zeros(num_tokens, vocab_size, dtype=torch.bfloat16, device="cuda")
+    logits[-1] = torch.linspace(-20, 20, vocab_size, device="cuda")
+    logits.requires_grad_()
+    target_ids = torch.full((num_tokens,), -1, device="cuda")
+    target_ids[-1] = 77
+    out = selected_logps(logits, target_ids, inplace_backward=False)
+    expected = selected_logps_reference(logits[-1:].double(), target_ids[-1:])
+    torch.testing.assert_close(out.logps[-1:].double(), expected.logps, rtol=0, atol=1e-4)
+    (grad,) = torch.autograd.grad(out.logps.sum(), logits)
+    (exact,) = torch.autograd.grad(expected.logps.sum(), logits)
+    torch.testing.assert_close(grad[-1].float(), exact[-1].float(), rtol=1e-2, atol=1e-6)
+    assert not grad[:-1].any()
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_selected_logps_and_token_loss_against_float64(dtype):
+    generator = torch.Generator("cuda").manual_seed(1)
+    logits = (5 * torch.randn(515, 32003, generator=generator, device="cuda")).to(dtype)
+    logits.requires_grad_()
+    target_ids = torch.randint(32003, (515,), generator=generator, device="cuda")
+    out, truth = (
+        selected_logps(logits, target_ids),
+        selected_logps_reference(logits.double(), target_ids),
+    )
+    for name in ("logps", "entropies", "lse", "sum_p2", "sum_p3"):
+        torch.testing.assert_close(
+            getattr(out, name).double(), getattr(truth, name), rtol=0, atol=1e-4
+        )
+    weights = torch.rand(515, generator=generator, device="cuda")
+    arguments = (torch.randn(515, generator=generator, device="cuda"), weights)
+    settings = {"objective": GRPO, "old_logps": out.logps.detach() + 0.1, "entropy_coef": 0.01}
+    got = token_loss(out.logps, out.entropies, *arguments, **settings)
+    expected = token_loss_reference(out.logps, out.entropies, *arguments, **settings)
+    for value, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, other.to(value.dtype), rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_alone_and_in_a_batch_and_the_ratio_on_policy():
+    hidden, head, tensors = make_case(700, 32003, 256, torch.bfloat16)
+    with torch.no_grad():
+        together = linear_logps(hidden, head, tensors["target_ids"])
+        for row in (1, 128, 699):
+            alone = linear_logps(hidden[row : row + 1], head, tensors["target_ids"][row : row + 1])
+            assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, together, strict=True))
+    tensors["old_logps"] = together.logps
+    del tensors["ref_logps"]
+    out = policy_loss(
+        hidden,
+        head,
+        **tensors,
+        objective=GRPO,
+        engine="one_pass",
+        products="gather",
+        workspace_mb=512,
+    )
+    assert torch.equal(out.logps, together.logps)
