@@ -13,7 +13,13 @@ EXTRAS = (
     "peft", "bitsandbytes", "torchao", "flash-attn", "liger-kernel", "vllm", "ray", "trl", "wandb",
 )  # fmt: skip
 REQUIRED = ("torch", "triton", "transformers", "reasoning-gym", "math-verify")
-KERNELS = ("linear_logps", "segment_attention")
+HAS_KERNEL = {
+    "policy_loss": True,
+    "linear_logps": True,
+    "selected_logps": True,
+    "token_loss": True,
+    "segment_attention": False,
+}
 
 
 def examine() -> list[tuple[str, str]]:
@@ -21,7 +27,7 @@ def examine() -> list[tuple[str, str]]:
     rows = [("fastrl-llm", _version("fastrl-llm")), ("python", platform.python_version())]
     rows += [(name, _version(name)) for name in REQUIRED]
     rows.append(("GPU", _gpu()))
-    rows += [(f"kernel {name}", _implementations()) for name in KERNELS]
+    rows += [(f"kernel {name}", _implementations(has)) for name, has in HAS_KERNEL.items()]
     rows += [(f"extra {name}", _version(name)) for name in EXTRAS]
     return rows
 
@@ -33,12 +39,12 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _implementations() -> str:
+def _implementations(has_kernel: bool) -> str:
     """What "auto" runs, and why not Triton where it does not."""
     tensor = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
-    chosen = choose_implementation("auto", tensor)
+    chosen = choose_implementation("auto", tensor, has_kernel=has_kernel)
     try:
-        choose_implementation("triton", tensor)
+        choose_implementation("triton", tensor, has_kernel=has_kernel)
     except ValueError as error:
         return f"{chosen}; {error}"
     return f"{chosen}; triton available"
