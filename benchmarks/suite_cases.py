@@ -45,14 +45,14 @@ def suite_cases(tiny: bool) -> list[SuiteCase]:
         SuiteCase(Case("policy_loss", large), "engines", 90),
         SuiteCase(Case("policy_loss", small), "engines", 90),
         SuiteCase(Case("forward", medium), "all", 60),
-        SuiteCase(Case("policy_loss", medium, 0.2), "engines 256MiB", 60),
+        SuiteCase(Case("policy_loss", medium, 0.2), "engines", 60),
         SuiteCase(Case("policy_loss", medium), "peers", 90),
         SuiteCase(Case("selected_logps", logits), "logits", 45),
         SuiteCase(Case("selected_forward", logits), "logits", 45),
         SuiteCase(Case("linear_logps", medium), "all", 60),
         SuiteCase(Case("forward", large), "all", 60),
         SuiteCase(Case("policy_loss", large), "peers", 90),
-        SuiteCase(Case("policy_loss", large, 0.2), "engines 256MiB", 60),
+        SuiteCase(Case("policy_loss", large, 0.2), "engines", 60),
         SuiteCase(Case("forward", small), "all", 60),
         SuiteCase(Case("linear_logps", large), "all", 60),
         SuiteCase(Case("policy_loss", small), "peers", 90),
@@ -60,13 +60,8 @@ def suite_cases(tiny: bool) -> list[SuiteCase]:
 
 
 def prepare_engines(case: Case, only: str | None = None) -> Prepared:
-    """Ours with every engine and two workspaces, beside naive and TRL."""
-    return cases.prepare(case, only, _stable() | fastrl_variants((256, 2048)))
-
-
-def prepare_engines_small(case: Case, only: str | None = None) -> Prepared:
-    """The same with one workspace."""
-    return cases.prepare(case, only, _stable() | fastrl_variants((256,)))
+    """Ours with every engine, beside naive and TRL."""
+    return cases.prepare(case, only, _stable() | fastrl_variants())
 
 
 def prepare_peers(case: Case, only: str | None = None) -> Prepared:
@@ -83,7 +78,6 @@ def _stable() -> cases.Loaders:
 
 GROUPS: dict[str, Callable[..., Prepared]] = {
     "engines": prepare_engines,
-    "engines 256MiB": prepare_engines_small,
     "peers": prepare_peers,
     "all": cases.prepare,
     "logits": logits_cases.prepare,
