@@ -1,6 +1,7 @@
 """The policy loss and the log-probabilities of a language-model head against their peers.
 
 python benchmarks/bench_policy_loss.py [--quick] [--json PATH] [--device cpu|cuda] [--only TEXT]
+    [--against PEER ...]
 
 TRL, Liger and Cut Cross-Entropy take part where they are installed.
 """

@@ -63,12 +63,17 @@ class Prepared(NamedTuple):
     """Inputs that a gradient may be written over."""
 
 
-def prepare(case: Case, only: str | None = None, loaders: Loaders | None = None) -> Prepared:
-    """Inputs and steps of a case, of all implementations or of the one named."""
+def prepare(
+    case: Case, only: str | None = None, loaders: Loaders | None = None,
+    kept: set[str] | None = None,
+) -> Prepared:  # fmt: skip
+    """Inputs and steps of a case: of all implementations, of those kept or of the one named."""
     inputs = make_inputs(case.shape, share_trained=case.share_trained)
     make_step = STEPS[case.operation]
     if loaders is None:
         loaders = policy_loaders() if case.operation == "policy_loss" else logps_loaders()
+    if kept is not None:
+        loaders = {name: loader for name, loader in loaders.items() if name in kept}
     if only is not None:
         loaders = {only: loaders[only]}
     functions = load(loaders, case.shape.device).functions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -47,7 +48,14 @@ def main(
     parser.add_argument("--json", type=Path, help="write the rows here, after every case")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--against", nargs="+", metavar="PEER", help="only these, beside ours")
     args = parser.parse_args()
+    if args.against:
+        unknown = set(args.against) - set(loaders)
+        if unknown:
+            parser.error(f"unknown {', '.join(sorted(unknown))}; there are {', '.join(loaders)}")
+        kept = {name for name in loaders if name.startswith(OURS) or name in args.against}
+        prepare = functools.partial(prepare_only, prepare, kept)
     for line in load(loaders, args.device).absent:
         print(f"absent: {line}")
     rows: list[Row] = []
@@ -57,6 +65,11 @@ def main(
             rows += measure_case(str(case), case, prepare, seconds=seconds, with_memory=True)
             write_json(args.json, rows)
     return exit_status(rows)
+
+
+def prepare_only(prepare: Prepare, kept: set[str], case: Any, only: str | None = None) -> Prepared:
+    """The case with some of its implementations."""
+    return prepare(case, only, kept=kept)
 
 
 def exit_status(rows: list[Row]) -> int:

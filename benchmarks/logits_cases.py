@@ -115,11 +115,13 @@ class FromModel(torch.autograd.Function):
         return None, None, None
 
 
-def prepare(case: Case, only: str | None = None) -> Prepared:
-    """Inputs and steps of a case, of all implementations or of the one named."""
+def prepare(case: Case, only: str | None = None, kept: set[str] | None = None) -> Prepared:
+    """Inputs and steps of a case: of all implementations, of those kept or of the one named."""
     inputs = make_logits(case.shape)
     with_backward = case.operation == "selected_logps"
     loaders: Loaders = selected_loaders() if with_backward else forward_loaders()
+    if kept is not None:
+        loaders = {name: loader for name, loader in loaders.items() if name in kept}
     if only is not None:
         loaders = {only: loaders[only]}
     make_step = backward_step if with_backward else forward_step
