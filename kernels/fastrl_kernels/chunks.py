@@ -36,11 +36,31 @@ class Chunk(NamedTuple):
     ignored: Tensor  # (R,)
 
 
+class Statistics(NamedTuple):
+    """(S,) each: the fields of `LinearLogps`, and what rounding took from lse."""
+
+    logps: Tensor
+    entropies: Tensor
+    lse: Tensor
+    sum_p2: Tensor
+    sum_p3: Tensor
+    argmax_ids: Tensor
+    residuals: Tensor
+
+
+def empty_statistics(tensor: Tensor, target_ids: Tensor) -> Statistics:
+    """Zeros in the dtype of sums, on the tensor's device."""
+    dtype = accumulation_dtype(tensor.dtype)
+    values = [tensor.new_zeros(target_ids.shape[0], dtype=dtype) for _ in range(6)]
+    return Statistics._make([*values[:5], torch.zeros_like(target_ids), values[5]])
+
+
 class Softmax(NamedTuple):
     """(R, 1) each: what softmax leaves of the logits besides the probabilities."""
 
     logps: Tensor
     lse: Tensor
+    residuals: Tensor  # what rounding took from lse: it is as large as the logits, log p is not
     target_logits: Tensor  # over temperature
     argmax_ids: Tensor | None
 
@@ -137,7 +157,8 @@ def softmax_(logits: Tensor, target_ids: Tensor, *, wants_argmax: bool) -> Softm
     # The largest probability is exp(max - max) over the normaliser.
     log_normaliser = logits.amax(1, keepdim=True).log_().neg_()
     logps = (target_logits - row_max) - log_normaliser
-    return Softmax(logps, row_max + log_normaliser, target_logits, argmax_ids)
+    lse = row_max + log_normaliser
+    return Softmax(logps, lse, (row_max - lse) + log_normaliser, target_logits, argmax_ids)
 
 
 def entropy(probs: Tensor, columns: int) -> Tensor:

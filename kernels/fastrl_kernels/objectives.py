@@ -154,11 +154,39 @@ def check_objective(objective: Objective, ref_logps: Tensor | None) -> None:
             f"objective must be a fastrl_kernels.objectives.Objective, got {objective!r}; "
             f"there are the surrogates {', '.join(SURROGATES)}{hint}"
         )
+    _check_function("surrogate", objective.surrogate, 3, objective.hyper_parameters)
+    if objective.regulariser is not None:
+        _check_function("regulariser", objective.regulariser, 2, ())
     if objective.is_regularised and ref_logps is None:
         raise ValueError(
             "an objective with beta > 0 needs ref_logps, got None; take them with linear_logps "
             "from the reference model, or set beta=0"
         )
+
+
+def _check_function(
+    role: str, function: Callable[..., Any], num_tensors: int, hyper_parameters: tuple[float, ...]
+) -> None:
+    num_arguments = _num_arguments(function)
+    if num_arguments is None:
+        raise ValueError(
+            f"the {role} must be a function of a module's top level, got {function!r}; move it "
+            "there, so that a kernel can be made of its source"
+        )
+    if num_arguments != num_tensors + len(hyper_parameters):
+        raise ValueError(
+            f"the {role} {name_of(function)} takes {num_arguments - num_tensors} "
+            f"hyper_parameters, got {len(hyper_parameters)}: {hyper_parameters}; give them in order"
+        )
+
+
+@torch.compiler.assume_constant_result
+def _num_arguments(function: Callable[..., Any]) -> int | None:
+    """Of a function that can be found again by its name; None for anything else."""
+    source = getattr(function, "fn", function)
+    if not isinstance(source, types.FunctionType) or not source.__qualname__.isidentifier():
+        return None
+    return source.__code__.co_argcount
 
 
 def check_per_token(name: str, tensor: Tensor | None, tokens: Tensor) -> None:
@@ -179,13 +207,13 @@ def check_per_token(name: str, tensor: Tensor | None, tokens: Tensor) -> None:
         )
 
 
+@torch.compiler.assume_constant_result
 def name_of(function: Callable[..., Any]) -> str:
     """Where an objective's function can be imported from: "module:name", for operators."""
     source = getattr(function, "fn", function)
     return f"{source.__module__}:{source.__qualname__}"
 
 
-@functools.cache
 def function_of(name: str) -> Callable[..., Any]:
     """The function that `name_of` named."""
     module_name, _, qualified_name = name.partition(":")

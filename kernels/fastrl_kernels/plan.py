@@ -149,7 +149,7 @@ def hidden_block(shape: Shape, workspace: int) -> int:
     """
     if shape.dtype not in HALF or not shape.trains_hidden:
         return max(1, shape.num_tokens)
-    rows = workspace // 4 // (round_up(shape.hidden_size) * shape.itemsize)
+    rows = workspace // 4 // (shape.hidden_size * shape.itemsize)
     return max(1, min(shape.num_tokens, rows))
 
 
@@ -185,7 +185,7 @@ def _sweep_rows(
     row_bytes = (4 * columns + 6 * width + SCALARS_PER_ROW) * shape.itemsize
     fixed_bytes = _fixed_bytes(shape, columns)
     if shape.dtype in HALF and shape.trains_hidden:
-        fixed_bytes += hidden_block(shape, workspace) * width * shape.itemsize
+        fixed_bytes += hidden_block(shape, workspace) * shape.hidden_size * shape.itemsize
     rows = (workspace - workspace // LIBRARY_SHARE - fixed_bytes) // row_bytes
     rows = max(1, min(MAX_TILE_ROWS, rows - rows % TILE if rows > TILE else rows))
     used = rows if batch_invariant else min(rows, round_up(shape.num_tokens))
@@ -249,8 +249,10 @@ def _cost(plan: Plan, shape: Shape) -> float:
 def _feasible(plan: Plan, shape: Shape, workspace: int) -> Plan:
     if plan.rows >= 1:
         return plan
-    least = 2 * (plan.workspace_bytes + (shape.vocab_size + 4 * plan.columns) * shape.itemsize)
+    enough = max(workspace, MIB // 1024)
+    while _row_chunks(plan.engine, shape, enough, False).rows < 1:
+        enough += enough // 4
     raise ValueError(
         f"workspace_mb must hold one row of {shape.vocab_size} logits, got {workspace / MIB:.3g}; "
-        f"give it at least {least / MIB:.3g}"
+        f"give it at least {1.01 * enough / MIB:.3g}"
     )

@@ -55,7 +55,7 @@ def store_sums(sums_ptr, split, rows, num_rows, mask, m, s, sx, s2, s3, target_z
 
 @triton.jit
 def merge_sums(sums_ptr, row, num_rows, num_splits, BLOCK_SPLITS: tl.constexpr):
-    """logp, entropy, lse, sum p^2, sum p^3 and the most likely column of one row."""
+    """logp, entropy, lse, sum p^2, sum p^3, most likely column, what rounding took from lse."""
     split = tl.arange(0, BLOCK_SPLITS)
     mask = split < num_splits
     ptr = sums_ptr + split.to(tl.int64) * NUM_SUMS * num_rows + row
@@ -79,16 +79,20 @@ def merge_sums(sums_ptr, row, num_rows, num_splits, BLOCK_SPLITS: tl.constexpr):
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
     winner = tl.min(tl.where(m == largest, top, float("inf")), 0)
     logp = (target_z - shift) - log_total
-    return logp, entropy, shift + log_total, sum_p2, sum_p3, winner
+    lse = shift + log_total
+    return logp, entropy, lse, sum_p2, sum_p3, winner, (shift - lse) + log_total
 
 
 @triton.jit
 def logit_gradient(
-    z, is_target, slope, entropy_slope, entropy, lse, factor, temperature, softcap,
+    z, is_target, slope, entropy_slope, logp, entropy, lse, residual, factor, temperature, softcap,
     HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d logit before temperature, softcap and scale; factor: logit_scale / temperature."""
-    log_p = z - lse
+    """d loss / d logit before temperature, softcap and scale; factor: logit_scale / temperature.
+
+    The target's own logp is exact where p is nearly 1 and the gradient nearly 0.
+    """
+    log_p = tl.where(is_target, logp, (z - lse) - residual)
     p = tl.exp(log_p)
     inner = slope + tl.where(p > 0.0, entropy_slope * (log_p + entropy), 0.0)
     gradient = (tl.where(is_target, slope, 0.0) - p * inner) * factor

@@ -46,8 +46,10 @@ class TokenSlopes(NamedTuple):
 
     logps: Tensor  # d loss / d logp
     entropies: Tensor | None  # d loss / d entropy; None where all are zero
+    logp_values: Tensor
     entropy_values: Tensor
     lse: Tensor
+    residuals: Tensor  # what rounding took from lse
 
 
 def sweep(
@@ -165,7 +167,11 @@ def _make_gradients_(
         # Past every logit on ignored rows, so that their probabilities are 0 and not inf times 0.
         lse=slopes.lse[chunk.row_ids].masked_fill_(chunk.ignored, 1e4)[:, None],
     )
-    tile.sub_(part.lse).exp_()
+    tile.sub_(part.lse).sub_(slopes.residuals[chunk.row_ids][:, None])
+    # The target's own log-probability is exact where p is nearly 1 and the gradient nearly 0.
+    logps = torch.where(inside, slopes.logp_values[chunk.row_ids][:, None], tile.gather(1, local))
+    tile.scatter_(1, local, logps)
+    tile.exp_()
     constants: dict[str, Any] = {"logit_scale": head.logit_scale, "softcap": head.softcap}
     logit_gradients_(tile, chunk.temperatures, part, **constants)
     at_target = target_gradients(target_logits, chunk.temperatures, part.logp, **constants)

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastrl_kernels import LMHead, linear_logps, policy_loss
 from fastrl_kernels.chunks import Inputs
+from fastrl_kernels.head import accumulation_dtype
 from fastrl_kernels.linear_logps import chunked
 from fastrl_kernels.linear_logps.op import head_gradients_op, linear_logps_op
 from fastrl_kernels.objectives import Objective, clipped_ratio, policy_gradient
@@ -79,7 +80,7 @@ def make_case(dtype: torch.dtype, full: bool) -> tuple[Inputs, Tokens]:
     if full:
         head = LMHead(normal(V, D), normal(V), normal(R, D), normal(V, R), softcap=9.0)
     target_ids = torch.randint(0, V, (S,), generator=generator)
-    sums = chunked.accumulation_dtype(dtype)
+    sums = accumulation_dtype(dtype)
     ones = torch.ones(S, dtype=sums)
     inputs = Inputs(normal(S, D), head, target_ids, ones)
     return inputs, Tokens(ones, ones / S, None, None, None)
@@ -87,7 +88,7 @@ def make_case(dtype: torch.dtype, full: bool) -> tuple[Inputs, Tokens]:
 
 def result_bytes(inputs: Inputs) -> int:
     """Of all gradients, and of the float32 sums of those of the head."""
-    sums = chunked.accumulation_dtype(inputs.hidden_states.dtype).itemsize
+    sums = accumulation_dtype(inputs.hidden_states.dtype).itemsize
     tensors = [x for x in (inputs.hidden_states, *inputs.head) if isinstance(x, Tensor)]
     return sum(x.numel() * (x.itemsize + sums) for x in tensors)
 
@@ -136,7 +137,8 @@ def test_min_memory_stays_inside_the_workspace(
     with torch.no_grad():
         out = chunked.forward(inputs, **settings)
         ones = tokens.advantages
-        slopes = TokenSlopes(ones, ones, out.entropies, out.lse)
+        statistics = (out.logps, out.entropies, out.lse, out.residuals)
+        slopes = TokenSlopes(ones, ones, *statistics)
         with MemoryLog() as log:
             grads = sweep(slopes, inputs, needs_grad=[True] * 5, **settings)
     results = sum(grad.numel() * grad.itemsize for grad in grads)

@@ -39,7 +39,7 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(linear_logps_op, (*arguments, False, "torch"))
     plain = op_arguments(hidden, LMHead(head.weight), target_ids)
     torch.library.opcheck(linear_logps_op, (*plain, False, "torch"))
-    slopes = [torch.ones(S), torch.ones(S), torch.ones(S), torch.ones(S)]
+    slopes = [torch.ones(S) for _ in range(6)]
     detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
     for into in (None, torch.zeros(V, D)):
         for needs_grad in ([True] * 5, [True, False, False, True, True]):

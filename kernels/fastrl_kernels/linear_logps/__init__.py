@@ -54,7 +54,7 @@ def linear_logps(
     )  # fmt: skip
     if check:
         check_finite(outputs[0], hidden_states=hidden_states, **head._asdict())
-    return LinearLogps(*outputs)
+    return LinearLogps._make(outputs[:-1])
 
 
 def check_accumulation(head: LMHead, accumulate_grad: bool) -> None:

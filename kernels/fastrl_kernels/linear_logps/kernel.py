@@ -112,14 +112,14 @@ def logits_kernel(
 @triton.jit
 def statistics_kernel(
     sums_ptr, row_ids_ptr, count_ptr, logps_ptr, entropies_ptr, lse_ptr, sum_p2_ptr, sum_p3_ptr,
-    argmax_ids_ptr, num_rows, num_splits, BLOCK_SPLITS: tl.constexpr,
+    argmax_ids_ptr, residuals_ptr, num_rows, num_splits, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one row and write its statistics where the row belongs."""
     slot = tl.program_id(0).to(tl.int64)
     if slot >= tl.load(count_ptr):
         return
     token = tl.load(row_ids_ptr + slot)
-    logp, entropy, lse, sum_p2, sum_p3, top = merge_sums(
+    logp, entropy, lse, sum_p2, sum_p3, top, residual = merge_sums(
         sums_ptr, slot, num_rows, num_splits, BLOCK_SPLITS
     )
     tl.store(logps_ptr + token, logp)
@@ -128,13 +128,15 @@ def statistics_kernel(
     tl.store(sum_p2_ptr + token, sum_p2)
     tl.store(sum_p3_ptr + token, sum_p3)
     tl.store(argmax_ids_ptr + token, top.to(tl.int64))
+    tl.store(residuals_ptr + token, residual)
 
 
 @triton.jit
 def slice_gradients_kernel(
     hidden_ptr, weight_ptr, bias_ptr, low_rank_ptr, lora_b_ptr, row_ids_ptr, count_ptr,
-    target_ids_ptr, temperatures_ptr, logp_slopes_ptr, entropy_slopes_ptr, entropies_ptr, lse_ptr,
-    unit_ptr, gradients_ptr, num_columns, first_column, hidden_size, rank, hidden_stride,
+    target_ids_ptr, temperatures_ptr, logp_slopes_ptr, entropy_slopes_ptr, logps_ptr,
+    entropies_ptr, lse_ptr, residuals_ptr, unit_ptr, gradients_ptr, num_columns, first_column,
+    hidden_size, rank, hidden_stride,
     weight_stride, low_rank_stride, lora_b_stride, gradients_stride, lora_scale, logit_scale,
     softcap,
     HAS_BIAS: tl.constexpr, HAS_LORA: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
@@ -166,8 +168,10 @@ def slice_gradients_kernel(
         z, columns[None, :] == targets[:, None],
         tl.load(logp_slopes_ptr + token, row_mask, 0.0)[:, None],
         tl.load(entropy_slopes_ptr + token, row_mask, 0.0)[:, None],
+        tl.load(logps_ptr + token, row_mask, 0.0)[:, None],
         tl.load(entropies_ptr + token, row_mask, 0.0)[:, None],
         tl.load(lse_ptr + token, row_mask, 0.0)[:, None],
+        tl.load(residuals_ptr + token, row_mask, 0.0)[:, None],
         factor[:, None], temperature[:, None], softcap, HAS_SOFTCAP,
     )  # fmt: skip
     out = gradients_ptr + slot[:, None] * gradients_stride + columns[None, :]

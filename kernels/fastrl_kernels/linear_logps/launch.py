@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl_kernels.chunks import Inputs
+from fastrl_kernels.chunks import Inputs, Statistics, empty_statistics
 from fastrl_kernels.head import LMHead
 from fastrl_kernels.launch import (
     NUM_SUMS,
@@ -24,22 +24,16 @@ from fastrl_kernels.launch import (
     split_columns,
 )
 from fastrl_kernels.linear_logps.kernel import logits_kernel, statistics_kernel
-from fastrl_kernels.linear_logps.reference import LinearLogps
 from fastrl_kernels.plan import MIB
 
 MAX_ROWS = 8192
 
 
-def forward(inputs: Inputs, *, workspace_mb: float) -> LinearLogps:
+def forward(inputs: Inputs, *, workspace_mb: float) -> Statistics:
     """Statistics of every row that has a target; the rest are zero."""
     inputs = dense_inputs(inputs)
     hidden, num_tokens = inputs.hidden_states, inputs.hidden_states.shape[0]
-    out = LinearLogps._make(
-        [
-            *(hidden.new_zeros(num_tokens, dtype=torch.float32) for _ in range(5)),
-            torch.zeros_like(inputs.target_ids),
-        ]
-    )
+    out = empty_statistics(hidden, inputs.target_ids)
     if num_tokens == 0:
         return out
     num_splits = cdiv(inputs.head.num_columns, split_columns())

@@ -120,8 +120,10 @@ class _Pass(NamedTuple):
         grid = (cdiv(rows.ids.shape[0], blocks.rows), cdiv(part.num_columns, blocks.columns))
         slice_gradients_kernel[grid](
             row_ids_ptr=rows.ids, count_ptr=rows.num_rows, logp_slopes_ptr=self.slopes.logps,
-            entropy_slopes_ptr=self.slopes.entropies, entropies_ptr=self.slopes.entropy_values,
-            lse_ptr=self.slopes.lse, unit_ptr=self.unit, gradients_ptr=out,
+            entropy_slopes_ptr=self.slopes.entropies, logps_ptr=self.slopes.logp_values,
+            entropies_ptr=self.slopes.entropy_values,
+            lse_ptr=self.slopes.lse, residuals_ptr=self.slopes.residuals, unit_ptr=self.unit,
+            gradients_ptr=out,
             gradients_stride=out.stride(0), **runtime, **constants,
         )  # fmt: skip
 

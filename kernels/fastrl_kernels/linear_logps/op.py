@@ -35,8 +35,8 @@ def linear_logps_op(
     batch_invariant: bool,
     accumulate_grad: bool,
     implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `LinearLogps`; the parts of the head come one by one."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `LinearLogps`, and what rounding took from lse; the head in its parts."""
     head = from_arguments(
         hidden_states, weight, bias, lora_a, lora_b, absmax, codebook, lora_scale, logit_scale,
         softcap, vocab_size, block_size,
@@ -56,7 +56,8 @@ def linear_logps_op(
 def _(hidden_states: Tensor, *args: Any) -> tuple[Tensor, ...]:
     num_tokens, dtype = hidden_states.shape[0], accumulation_dtype(hidden_states.dtype)
     values = [hidden_states.new_empty(num_tokens, dtype=dtype) for _ in range(5)]
-    return (*values, hidden_states.new_empty(num_tokens, dtype=torch.int64))
+    argmax_ids = hidden_states.new_empty(num_tokens, dtype=torch.int64)
+    return (*values, argmax_ids, torch.empty_like(values[0]))
 
 
 @torch.library.custom_op("fastrl::head_gradients", mutates_args=("weight_grad",))
@@ -64,8 +65,10 @@ def head_gradients_op(
     weight_grad: Tensor | None,
     grad_logps: Tensor,
     grad_entropies: Tensor | None,
+    logps: Tensor,
     entropies: Tensor,
     lse: Tensor,
+    residuals: Tensor,
     hidden_states: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -90,7 +93,7 @@ def head_gradients_op(
         hidden_states, weight, bias, lora_a, lora_b, absmax, codebook, lora_scale, logit_scale,
         softcap, vocab_size, block_size,
     )  # fmt: skip
-    slopes = TokenSlopes(grad_logps, grad_entropies, entropies, lse)
+    slopes = TokenSlopes(grad_logps, grad_entropies, logps, entropies, lse, residuals)
     inputs = Inputs(hidden_states, head, target_ids, temperatures)
     with torch.autocast(hidden_states.device.type, enabled=False), on_device(hidden_states):
         if implementation == "triton":
@@ -112,8 +115,8 @@ def head_gradients_op(
 
 @head_gradients_op.register_fake
 def _(weight_grad: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    hidden_states, needs_grad = args[4], args[-1]
-    return empty_gradients(args[4:9], hidden_states, needs_grad, weight_grad is None)
+    hidden_states, needs_grad = args[6], args[-1]
+    return empty_gradients(args[6:11], hidden_states, needs_grad, weight_grad is None)
 
 
 def empty_gradients(
@@ -135,7 +138,9 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
         inputs[num_tensors:],
     )
     ctx.constants.append(implementation)
-    ctx.save_for_backward(output[1], output[2], *tensors)
+    # Not the saved tensor: a checkpoint gives back another one, whose .grad nobody reads.
+    ctx.weight = inputs[1] if ctx.accumulates else None
+    ctx.save_for_backward(output[0], output[1], output[2], output[6], *tensors)
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -145,12 +150,11 @@ def _backward(ctx: Any, grad_logps: Any, grad_entropies: Any, *_: Any) -> tuple[
     num_inputs = 1 + NUM_TENSORS + 2 + len(ctx.constants) + 1
     if grad_logps is None and grad_entropies is None:
         return (None,) * num_inputs
-    entropies, *tensors = ctx.saved_tensors
-    weight = tensors[2]
-    into = grad_buffer(weight) if ctx.accumulates and needs_grad[1] else None
+    logps, entropies, lse, residuals, *tensors = ctx.saved_tensors
+    into = grad_buffer(ctx.weight) if ctx.accumulates and needs_grad[1] else None
     grads = head_gradients_op(
-        into, torch.zeros_like(entropies) if grad_logps is None else grad_logps, grad_entropies,
-        entropies, *tensors, *ctx.constants, needs_grad,
+        into, torch.zeros_like(logps) if grad_logps is None else grad_logps, grad_entropies,
+        logps, entropies, lse, residuals, *tensors, *ctx.constants, needs_grad,
     )  # fmt: skip
     needs_grad[1] = needs_grad[1] and into is None
     wanted = (grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))

@@ -18,7 +18,7 @@ from fastrl_kernels.linear_logps import check_accumulation, linear_logps
 from fastrl_kernels.linear_logps.op import NUM_TRAINABLE
 from fastrl_kernels.objectives import Objective, check_objective, check_per_token, name_of
 from fastrl_kernels.plan import explain
-from fastrl_kernels.policy_loss.one_pass import Tokens
+from fastrl_kernels.policy_loss.one_pass import Tokens, check_products
 from fastrl_kernels.policy_loss.op import policy_loss_op
 from fastrl_kernels.policy_loss.reference import PolicyLoss, policy_loss_reference
 from fastrl_kernels.token_loss import token_loss
@@ -77,6 +77,9 @@ def policy_loss(
         check_per_token(name, tensor, hidden_states)
     tokens = Tokens._make(None if x is None else x.detach().to(dtype) for x in given.values())
     check_accumulation(head, accumulate_grad)
+    check_products(products, hidden_states.dtype)
+    # A row of weight 0 counts as ignored, whatever it holds.
+    target_ids = torch.where(tokens.weights != 0, target_ids, -1)
     plan = explain(
         hidden_states, head, engine=engine, workspace_mb=workspace_mb,
         batch_invariant=batch_invariant,
@@ -136,7 +139,6 @@ def _min_memory(
     settings: Settings,
 ) -> PolicyLoss:  # fmt: skip
     """Statistics first, then the objective on (S,) numbers; backward makes the logits again."""
-    target_ids = torch.where(tokens.weights != 0, target_ids, -1)
     out = linear_logps(
         hidden_states, head, target_ids, temperature=settings.temperature,
         workspace_mb=settings.workspace_mb, batch_invariant=settings.batch_invariant,

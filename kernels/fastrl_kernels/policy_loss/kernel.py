@@ -14,7 +14,8 @@ from fastrl_kernels.token_loss.kernel import token_loss
 def fix_up_kernel(
     sums_ptr, logits_ptr, gradients_ptr, row_ids_ptr, count_ptr, target_ids_ptr, temperatures_ptr,
     advantages_ptr, weights_ptr, old_logps_ptr, ref_logps_ptr, rollout_weights_ptr, values_ptr,
-    logps_ptr, entropies_ptr, lse_ptr, slopes_ptr, entropy_slopes_ptr, clipped_ptr, hyper, beta,
+    logps_ptr, entropies_ptr, lse_ptr, residuals_ptr, slopes_ptr, entropy_slopes_ptr, clipped_ptr,
+    hyper, beta,
     entropy_coef, num_rows, num_splits, num_columns, logits_stride, gradients_stride, logit_scale,
     softcap,
     SURROGATE: tl.constexpr, REGULARISER: tl.constexpr, HAS_OLD: tl.constexpr,
@@ -32,9 +33,9 @@ def fix_up_kernel(
     if (not DENSE) and (not counts):
         return
     token = tl.load(row_ids_ptr + slot)
-    slope, entropy_slope, entropy, lse = 0.0, 0.0, 0.0, 0.0
+    slope, entropy_slope, logp, entropy, lse, residual = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     if counts:
-        logp, entropy, lse, _sum_p2, _sum_p3, _top = merge_sums(
+        logp, entropy, lse, _sum_p2, _sum_p3, _top, residual = merge_sums(
             sums_ptr, slot, num_rows, num_splits, BLOCK_SPLITS
         )
         old_logp = logp
@@ -57,6 +58,7 @@ def fix_up_kernel(
         tl.store(logps_ptr + token, logp)
         tl.store(entropies_ptr + token, entropy)
         tl.store(lse_ptr + token, lse)
+        tl.store(residuals_ptr + token, residual)
         tl.store(slopes_ptr + token, slope)
         tl.store(entropy_slopes_ptr + token, entropy_slope)
         tl.store(clipped_ptr + token, clipped)
@@ -68,16 +70,17 @@ def fix_up_kernel(
     temperature = tl.load(temperatures_ptr + token)
     write_gradients(
         logits_ptr + slot * logits_stride, gradients_ptr + slot * gradients_stride,
-        tl.load(target_ids_ptr + token), active, slope, entropy_slope, entropy, lse, temperature,
-        logit_scale, softcap, 1.0, num_columns, HAS_SOFTCAP, IS_RAW, BLOCK_V,
+        tl.load(target_ids_ptr + token), active, slope, entropy_slope, logp, entropy, lse, residual,
+        temperature, logit_scale, softcap, 1.0, num_columns, HAS_SOFTCAP, IS_RAW, BLOCK_V,
     )  # fmt: skip
 
 
 @triton.jit
 def gradients_kernel(
     logits_ptr, gradients_ptr, row_ids_ptr, count_ptr, target_ids_ptr, temperatures_ptr,
-    slopes_ptr, entropy_slopes_ptr, entropies_ptr, lse_ptr, unit_ptr, num_columns, logits_stride,
-    gradients_stride, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    slopes_ptr, entropy_slopes_ptr, logps_ptr, entropies_ptr, lse_ptr, residuals_ptr, unit_ptr,
+    num_columns, logits_stride, gradients_stride, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The last part of the fix-up alone: float16 has to see all slopes before it picks a unit."""
     slot = tl.program_id(0).to(tl.int64)
@@ -91,7 +94,8 @@ def gradients_kernel(
     write_gradients(
         logits_ptr + slot * logits_stride, gradients_ptr + slot * gradients_stride,
         tl.load(target_ids_ptr + token), True, slope, entropy_slope,
-        tl.load(entropies_ptr + token), tl.load(lse_ptr + token),
+        tl.load(logps_ptr + token), tl.load(entropies_ptr + token), tl.load(lse_ptr + token),
+        tl.load(residuals_ptr + token),
         tl.load(temperatures_ptr + token), logit_scale, softcap, tl.load(unit_ptr), num_columns,
         HAS_SOFTCAP, False, BLOCK_V,
     )  # fmt: skip
@@ -99,8 +103,9 @@ def gradients_kernel(
 
 @triton.jit
 def write_gradients(
-    logits, gradients, target, active, slope, entropy_slope, entropy, lse, temperature, logit_scale,
-    softcap, unit, num_columns, HAS_SOFTCAP: tl.constexpr, IS_RAW: tl.constexpr,
+    logits, gradients, target, active, slope, entropy_slope, logp, entropy, lse, residual,
+    temperature, logit_scale, softcap, unit, num_columns, HAS_SOFTCAP: tl.constexpr,
+    IS_RAW: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one row of logits, over the first half of the same memory; zero if inactive."""
@@ -112,8 +117,8 @@ def write_gradients(
         if IS_RAW:
             z = z * logit_scale / temperature
         gradient = logit_gradient(
-            z, columns == target, slope, entropy_slope, entropy, lse, factor, temperature, softcap,
-            HAS_SOFTCAP,
+            z, columns == target, slope, entropy_slope, logp, entropy, lse, residual, factor,
+            temperature, softcap, HAS_SOFTCAP,
         )  # fmt: skip
         gradient = tl.where(active, gradient, 0.0)
         # Every thread has read its logits before any of them is overwritten.

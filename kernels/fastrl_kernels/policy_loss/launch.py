@@ -31,25 +31,19 @@ from fastrl_kernels.linear_logps.launch_backward import add_head_gradients, fini
 from fastrl_kernels.objectives import Objective
 from fastrl_kernels.plan import MIB, Plan, forward_plan, one_pass_plan, shape_of
 from fastrl_kernels.policy_loss.kernel import fix_up_kernel, gradients_kernel
-from fastrl_kernels.policy_loss.one_pass import Losses, Tokens, empty_losses
+from fastrl_kernels.policy_loss.one_pass import Losses, Tokens, empty_losses, empty_sums
 from fastrl_kernels.policy_loss.reference import PolicyLoss
 from fastrl_kernels.products import HALF, add_product, write_product
 from fastrl_kernels.selected_logps.kernel import stored_logits_kernel
-from fastrl_kernels.sweep import Gradients, empty_gradients, head_sums
+from fastrl_kernels.sweep import Gradients, head_sums
 from fastrl_kernels.sweep import add_head_gradients as add_dense_gradients
 
-PRODUCTS = ("auto", "gather", "cublas")
 MAX_SPLITS = 4  # of the sum over the vocabulary that gives the hidden gradients
 ENOUGH_PROGRAMS = 256
 
 
 def products_for(products: str, dtype: torch.dtype) -> str:
     """Who multiplies: tensor cores take half precision, so for the rest the library is faster."""
-    if products not in PRODUCTS or (products == "cublas" and dtype == torch.float16):
-        raise ValueError(
-            f"products must be one of {', '.join(PRODUCTS)}, and not cublas for float16, whose "
-            f"range needs the units of the others; got {products!r} for {dtype}; use auto"
-        )
     if products != "auto":
         return products
     return "gather" if dtype in HALF else "cublas"
@@ -66,14 +60,14 @@ def one_pass(
     make_plan = one_pass_plan if any(needs_grad) else forward_plan
     plan = make_plan(shape, int(workspace_mb * MIB), False)
     out = empty_losses(inputs)
-    grads = empty_gradients(inputs, needs_grad)
-    sums = grads._replace(**{name: getattr(grads, name).float() for name in Gradients._fields[1:]})
+    sums = empty_sums(inputs, needs_grad)
     num_tokens = inputs.hidden_states.shape[0]
     if num_tokens:
         run = _Run(
             inputs, tokens, objective, entropy_coef, plan, sums, out,
             entropy_slopes=torch.zeros_like(out.slopes),
             lse=torch.zeros_like(out.slopes),
+            residuals=torch.zeros_like(out.slopes),
             one=torch.ones_like(out.slopes[:1]),
             is_dense=products_for(products, inputs.hidden_states.dtype) == "cublas",
             wants_gradients=any(needs_grad),
@@ -99,6 +93,7 @@ class _Run(NamedTuple):
     out: Losses
     entropy_slopes: Tensor  # (S,)
     lse: Tensor  # (S,)
+    residuals: Tensor  # (S,) what rounding took from lse
     one: Tensor  # (1,)
     is_dense: bool
     wants_gradients: bool
@@ -156,7 +151,7 @@ class _Run(NamedTuple):
             inputs.temperatures,
             tokens.advantages, tokens.weights, tokens.old_logps, tokens.ref_logps,
             tokens.rollout_weights, out.values, out.logps, out.entropies, self.lse,
-            out.slopes,
+            self.residuals, out.slopes,
             self.entropy_slopes, out.clipped,
             tuple(float(x) for x in self.objective.hyper_parameters), float(self.objective.beta),
             float(self.entropy_coef), sums.shape[2], sums.shape[0], logits.shape[1],
@@ -175,8 +170,9 @@ class _Run(NamedTuple):
         head = self.inputs.head
         gradients_kernel[(rows.ids.shape[0],)](
             logits, gradients, rows.ids, rows.num_rows, self.inputs.target_ids,
-            self.inputs.temperatures, self.out.slopes, self.entropy_slopes, self.out.entropies,
-            self.lse, unit, logits.shape[1], logits.stride(0), gradients.stride(0),
+            self.inputs.temperatures, self.out.slopes, self.entropy_slopes, self.out.logps,
+            self.out.entropies, self.lse, self.residuals, unit, logits.shape[1], logits.stride(0),
+            gradients.stride(0),
             float(head.logit_scale), float(head.softcap or 1.0),
             HAS_SOFTCAP=head.softcap is not None, **row_block(),
         )  # fmt: skip

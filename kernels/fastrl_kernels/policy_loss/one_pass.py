@@ -42,6 +42,18 @@ class Tokens(NamedTuple):
     rollout_weights: Tensor | None
 
 
+PRODUCTS = ("auto", "gather", "cublas")
+
+
+def check_products(products: str, dtype: torch.dtype) -> None:
+    """Raise ValueError for a choice that the Triton engine does not have."""
+    if products not in PRODUCTS or (products == "cublas" and dtype == torch.float16):
+        raise ValueError(
+            f"products must be one of {', '.join(PRODUCTS)}, and not cublas for float16, whose "
+            f"range needs the units of the others; got {products!r} for {dtype}; use auto"
+        )
+
+
 class Losses(NamedTuple):
     """(S,) each."""
 
@@ -65,11 +77,7 @@ def one_pass(
     make_plan = one_pass_plan if any(needs_grad) else forward_plan
     plan = make_plan(shape, workspace, batch_invariant)
     out = empty_losses(inputs)
-    grads = empty_gradients(inputs, needs_grad)
-    dtype = accumulation_dtype(inputs.hidden_states.dtype)
-    sums = grads._replace(
-        **{name: getattr(grads, name).to(dtype) for name in Gradients._fields[1:]}
-    )
+    sums = empty_sums(inputs, needs_grad)
     row_ids = worthwhile_rows((inputs.target_ids >= 0) & (tokens.weights != 0))
     buffer = logits_buffer(inputs, plan.rows, row_ids, batch_invariant)
     for ids, num_rows in split(row_ids, plan.rows, batch_invariant):
@@ -89,6 +97,14 @@ def one_pass(
             _add_chunk(probs, chunk, slopes, softmax, inputs, plan, sums, batch_invariant)
     result = PolicyLoss(out.values.sum(), out.logps, out.entropies, out.slopes, out.clipped)
     return result, sums
+
+
+def empty_sums(inputs: Inputs, needs_grad: list[bool]) -> Gradients:
+    """Zeros for the gradients; wide for the head, and where float16 may be scaled later on."""
+    grads = empty_gradients(inputs, needs_grad)
+    dtype = accumulation_dtype(inputs.hidden_states.dtype)
+    first = 0 if inputs.hidden_states.dtype == torch.float16 else 1
+    return Gradients._make([*grads[:first], *(grad.to(dtype) for grad in grads[first:])])
 
 
 def empty_losses(inputs: Inputs) -> Losses:

@@ -88,7 +88,7 @@ def _(hidden_states: Tensor, *args: Any) -> tuple[Tensor, ...]:
         hidden_states.new_empty((), dtype=dtype),
         *values,
         hidden_states.new_empty(num_tokens, dtype=torch.bool),
-        grads[0],
+        grads[0].float() if grads[0].dtype == torch.float16 else grads[0],
         *(grad.to(dtype) if grad.numel() else grad for grad in grads[1:]),
     )
 
@@ -99,7 +99,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.consumed = False
     # The gradients were made for the call's own flags, which autograd's own may fall short of.
     ctx.dtypes = [tensor.dtype if tensor is not None else None for tensor in inputs[:NUM_TRAINABLE]]
-    ctx.save_for_backward(inputs[1], *output[5:])
+    ctx.weight = inputs[1] if ctx.accumulates else None
+    ctx.save_for_backward(*output[5:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -114,13 +115,13 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
             'engine="min_memory" for a second backward through the same loss'
         )
     ctx.consumed = True
-    weight, *grads = ctx.saved_tensors
+    grads = ctx.saved_tensors
     results: list[Tensor | None] = []
     for index, (grad, needed) in enumerate(zip(grads, ctx.needs_grad, strict=True)):
         if not needed:
             results.append(None)
         elif index == 1 and ctx.accumulates:
-            grad_buffer(weight).addcmul_(grad, grad_loss.to(grad.dtype))
+            grad_buffer(ctx.weight).addcmul_(grad, grad_loss.to(grad.dtype))
             results.append(None)
         else:
             results.append(grad.mul_(grad_loss).to(ctx.dtypes[index]))

@@ -54,4 +54,4 @@ def selected_logps(
     )
     if check:
         check_finite(outputs[0], logits=logits)
-    return LinearLogps(*outputs)
+    return LinearLogps._make(outputs[:-1])

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastrl_kernels.chunks import (
     Slopes,
+    Statistics,
+    empty_statistics,
     entropy,
     logit_gradients_,
     power_sums,
@@ -17,31 +19,29 @@ from fastrl_kernels.chunks import (
     target_gradients,
 )
 from fastrl_kernels.head import accumulation_dtype
-from fastrl_kernels.linear_logps.reference import LinearLogps
 
 BUFFER_VALUES = 2**22  # 16 MiB of float32: near the caches, and enough rows for two cores
 COLUMNS = 4096
 
 
-def forward(logits: Tensor, target_ids: Tensor, temperatures: Tensor) -> LinearLogps:
-    """Statistics of every row; shapes and meaning as in `selected_logps`."""
-    num_rows, dtype = logits.shape[0], accumulation_dtype(logits.dtype)
-    values = [logits.new_zeros(num_rows, dtype=dtype) for _ in range(5)]
-    out = LinearLogps._make([*values, torch.zeros_like(target_ids)])
+def forward(logits: Tensor, target_ids: Tensor, temperatures: Tensor) -> Statistics:
+    """Statistics of every row that has a target; the rest are zero."""
+    out = empty_statistics(logits, target_ids)
     for rows, probs in _chunks(logits):
         targets, ignored = target_ids[rows], target_ids[rows] < 0
         _load(probs, logits[rows], temperatures[rows], ignored)
         stats = softmax_(probs, targets.clamp(min=0)[:, None], wants_argmax=True)
         sum_p2, sum_p3 = power_sums(probs, COLUMNS)
         found = (stats.logps, entropy(probs, COLUMNS), stats.lse, sum_p2, sum_p3, stats.argmax_ids)
-        for column, value in zip(out, found, strict=True):
+        for column, value in zip(out, (*found, stats.residuals), strict=True):
             column[rows] = value.flatten().masked_fill(ignored, 0)  # type: ignore[union-attr]
     return out
 
 
 def backward(
-    logp_slopes: Tensor, entropy_slopes: Tensor | None, entropies: Tensor, lse: Tensor,
-    logits: Tensor, target_ids: Tensor, temperatures: Tensor, out: Tensor,
+    logp_slopes: Tensor, entropy_slopes: Tensor | None, logps: Tensor, entropies: Tensor,
+    lse: Tensor, residuals: Tensor, logits: Tensor, target_ids: Tensor, temperatures: Tensor,
+    out: Tensor,
 ) -> None:  # fmt: skip
     """Write d loss / d logits (S, V) into `out`, which may be the logits themselves."""
     for rows, probs in _chunks(logits):
@@ -55,7 +55,7 @@ def backward(
         slopes = Slopes(slope, entropy_slope, entropies[rows][:, None], lse[rows][:, None])
         temperature = temperatures[rows][:, None]
         at_target = target_gradients(probs.gather(1, target), temperature, slope)
-        probs.sub_(slopes.lse.masked_fill(ignored[:, None], 1e4)).exp_()
+        softmax_(probs, target, wants_argmax=False)
         logit_gradients_(probs, temperature, slopes)
         # One write a row; scatter_add_ would give up a fixed order of summation on a GPU.
         probs.scatter_(1, target, probs.gather(1, target) + at_target)

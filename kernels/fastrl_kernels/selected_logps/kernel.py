@@ -78,7 +78,8 @@ def add_lanes(m, s, sx, s2, s3, z):
 @triton.jit
 def stored_gradients_kernel(
     logits_ptr, target_ids_ptr, temperatures_ptr, logp_slopes_ptr, entropy_slopes_ptr,
-    entropies_ptr, lse_ptr, out_ptr, num_columns, logits_stride, out_stride,
+    logps_ptr, entropies_ptr, lse_ptr, residuals_ptr, out_ptr, num_columns, logits_stride,
+    out_stride,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the logits of one row and block of columns; out may be the logits themselves."""
@@ -90,7 +91,8 @@ def stored_gradients_kernel(
     z = tl.load(logits_ptr + row * logits_stride + columns, mask, 0.0).to(tl.float32) / temperature
     gradient = logit_gradient(
         z, columns == target, tl.load(logp_slopes_ptr + row), tl.load(entropy_slopes_ptr + row),
-        tl.load(entropies_ptr + row), tl.load(lse_ptr + row), 1.0 / temperature, temperature, 1.0,
+        tl.load(logps_ptr + row), tl.load(entropies_ptr + row), tl.load(lse_ptr + row),
+        tl.load(residuals_ptr + row), 1.0 / temperature, temperature, 1.0,
         False,
     )  # fmt: skip
     # An ignored row may hold anything, and 0 times NaN is NaN.

@@ -3,17 +3,16 @@
 import torch
 from torch import Tensor
 
+from fastrl_kernels.chunks import Statistics, empty_statistics
 from fastrl_kernels.launch import NUM_SUMS, cdiv, row_block, rows_where
 from fastrl_kernels.linear_logps.kernel import statistics_kernel
-from fastrl_kernels.linear_logps.reference import LinearLogps
 from fastrl_kernels.selected_logps.kernel import stored_gradients_kernel, stored_logits_kernel
 
 
-def forward(logits: Tensor, target_ids: Tensor, temperatures: Tensor) -> LinearLogps:
+def forward(logits: Tensor, target_ids: Tensor, temperatures: Tensor) -> Statistics:
     """Statistics of every row that has a target; the rest are zero."""
     num_rows, num_columns = logits.shape
-    values = [logits.new_zeros(num_rows, dtype=torch.float32) for _ in range(5)]
-    out = LinearLogps._make([*values, torch.zeros_like(target_ids)])
+    out = empty_statistics(logits, target_ids)
     if num_rows == 0:
         return out
     rows = rows_where(target_ids >= 0)
@@ -28,8 +27,9 @@ def forward(logits: Tensor, target_ids: Tensor, temperatures: Tensor) -> LinearL
 
 
 def backward(
-    logp_slopes: Tensor, entropy_slopes: Tensor | None, entropies: Tensor, lse: Tensor,
-    logits: Tensor, target_ids: Tensor, temperatures: Tensor, out: Tensor,
+    logp_slopes: Tensor, entropy_slopes: Tensor | None, logps: Tensor, entropies: Tensor,
+    lse: Tensor, residuals: Tensor, logits: Tensor, target_ids: Tensor, temperatures: Tensor,
+    out: Tensor,
 ) -> None:  # fmt: skip
     """Write d loss / d logits (S, V) into `out`, which may be the logits themselves."""
     num_rows, num_columns = logits.shape
@@ -40,5 +40,6 @@ def backward(
     block = row_block()
     stored_gradients_kernel[(num_rows, cdiv(num_columns, block["BLOCK_V"]))](
         logits, target_ids, temperatures, logp_slopes.contiguous(), entropy_slopes.contiguous(),
-        entropies, lse, out, num_columns, logits.stride(0), out.stride(0), **block,
+        logps, entropies, lse, residuals, out, num_columns, logits.stride(0), out.stride(0),
+        **block,
     )  # fmt: skip

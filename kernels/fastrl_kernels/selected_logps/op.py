@@ -15,8 +15,8 @@ from fastrl_kernels.selected_logps import chunked
 def selected_logps_op(
     logits: Tensor, target_ids: Tensor, temperatures: Tensor, inplace_backward: bool,
     implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The fields of `LinearLogps`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The fields of `LinearLogps`, and what rounding took from lse."""
     check_values(target_ids, temperatures, logits.shape[1])
     if implementation == "triton":
         from fastrl_kernels.selected_logps import launch
@@ -30,38 +30,54 @@ def selected_logps_op(
 def _(logits: Tensor, target_ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(logits.dtype)
     values = [logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(5)]
-    return (*values, torch.empty_like(target_ids))
+    return (*values, torch.empty_like(target_ids), torch.empty_like(values[0]))
 
 
 @torch.library.custom_op("fastrl::selected_logps_backward", mutates_args=("out",))
 def selected_logps_backward_op(
-    out: Tensor, grad_logps: Tensor, grad_entropies: Tensor | None, entropies: Tensor,
-    lse: Tensor, logits: Tensor, target_ids: Tensor, temperatures: Tensor, implementation: str,
+    out: Tensor, grad_logps: Tensor, grad_entropies: Tensor | None, logps: Tensor,
+    entropies: Tensor, lse: Tensor, residuals: Tensor, logits: Tensor, target_ids: Tensor,
+    temperatures: Tensor, implementation: str,
 ) -> None:  # fmt: skip
     """Write the gradient of the logits into `out`."""
     _write_gradients(
-        out, grad_logps, grad_entropies, entropies, lse, logits, target_ids, temperatures,
+        out, grad_logps, grad_entropies, logps, entropies, lse, residuals, logits, target_ids,
+        temperatures,
         implementation,
     )  # fmt: skip
 
 
 @torch.library.custom_op("fastrl::selected_logps_backward_", mutates_args=("logits",))
 def selected_logps_inplace_backward_op(
-    logits: Tensor, grad_logps: Tensor, grad_entropies: Tensor | None, entropies: Tensor,
-    lse: Tensor, target_ids: Tensor, temperatures: Tensor, implementation: str,
+    logits: Tensor, grad_logps: Tensor, grad_entropies: Tensor | None, logps: Tensor,
+    entropies: Tensor, lse: Tensor, residuals: Tensor, target_ids: Tensor, temperatures: Tensor,
+    implementation: str,
 ) -> None:  # fmt: skip
     """Replace the logits by their gradient."""
     _write_gradients(
-        logits, grad_logps, grad_entropies, entropies, lse, logits, target_ids, temperatures,
+        logits, grad_logps, grad_entropies, logps, entropies, lse, residuals, logits, target_ids,
+        temperatures,
         implementation,
     )  # fmt: skip
 
 
 def _write_gradients(
-    out: Tensor, grad_logps: Tensor, grad_entropies: Tensor | None, entropies: Tensor,
-    lse: Tensor, logits: Tensor, target_ids: Tensor, temperatures: Tensor, implementation: str,
+    out: Tensor, grad_logps: Tensor, grad_entropies: Tensor | None, logps: Tensor,
+    entropies: Tensor, lse: Tensor, residuals: Tensor, logits: Tensor, target_ids: Tensor,
+    temperatures: Tensor, implementation: str,
 ) -> None:  # fmt: skip
-    arguments = (grad_logps, grad_entropies, entropies, lse, logits, target_ids, temperatures, out)
+    arguments = (
+        grad_logps,
+        grad_entropies,
+        logps,
+        entropies,
+        lse,
+        residuals,
+        logits,
+        target_ids,
+        temperatures,
+        out,
+    )
     if implementation == "triton":
         from fastrl_kernels.selected_logps import launch
 
@@ -73,7 +89,8 @@ def _write_gradients(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, target_ids, temperatures, ctx.is_inplace, ctx.implementation = inputs
-    ctx.save_for_backward(output[1], output[2], logits, target_ids, temperatures)
+    saved = (output[0], output[1], output[2], output[6])
+    ctx.save_for_backward(*saved, logits, target_ids, temperatures)
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -81,10 +98,10 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward(ctx: Any, grad_logps: Any, grad_entropies: Any, *_: Any) -> tuple[Any, ...]:
     if grad_logps is None and grad_entropies is None:
         return (None,) * 5
-    entropies, lse, logits, target_ids, temperatures = ctx.saved_tensors
+    *statistics, logits, target_ids, temperatures = ctx.saved_tensors
     if grad_logps is None:
-        grad_logps = torch.zeros_like(entropies)
-    slopes = (grad_logps, grad_entropies, entropies, lse)
+        grad_logps = torch.zeros_like(statistics[0])
+    slopes = (grad_logps, grad_entropies, *statistics)
     if ctx.is_inplace:
         gradients = logits.detach()
         selected_logps_inplace_backward_op(
