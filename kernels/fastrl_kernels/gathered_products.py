@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl_kernels.launch import cdiv, power_of_2, product_blocks, upcast
+from fastrl_kernels.chunks import Inputs
+from fastrl_kernels.launch import Rows, cdiv, power_of_2, product_blocks, upcast
 
 COLUMN_BLOCK = 128
 
@@ -51,7 +52,7 @@ def hidden_gradients_kernel(
                 weight_ptr + column[:, None].to(tl.int64) * weight_stride + d[None, :],
                 inside[:, None] & d_mask[None, :], 0.0,
             )  # fmt: skip
-            if UPCAST:
+            if UPCAST or g.dtype != w.dtype:
                 g, w = g.to(tl.float32), w.to(tl.float32)
             total = tl.dot(g, w, total, input_precision="ieee")
         total *= tl.load(unit_ptr)
@@ -177,7 +178,8 @@ def add_hidden_gradients(out: Tensor, chunk: Gathered, weight: Tensor, *, is_fir
     """out (splits, R, D) float32 by place in slots: += gradients W, or = if it is the first."""
     num_splits, num_rows, hidden_size = out.shape
     num_columns = weight.shape[0]
-    blocks = product_blocks(chunk.gradients.dtype)
+    is_mixed = weight.dtype != chunk.gradients.dtype
+    blocks = product_blocks(torch.float32 if is_mixed else weight.dtype)
     grid = (cdiv(num_rows, blocks.rows), cdiv(hidden_size, blocks.columns), num_splits)
     per_split = cdiv(cdiv(num_columns, num_splits), blocks.depth) * blocks.depth
     hidden_gradients_kernel[grid](
@@ -187,6 +189,19 @@ def add_hidden_gradients(out: Tensor, chunk: Gathered, weight: Tensor, *, is_fir
         ACCUMULATE=not is_first, BLOCK_M=blocks.rows, BLOCK_N=blocks.columns,
         BLOCK_V=blocks.depth, **upcast(), **blocks.threads,
     )  # fmt: skip
+
+
+def adapted_rows(inputs: Inputs, rows: Rows) -> Tensor | None:
+    """(R, r) float32: hidden states after half of the adapter, the same bits for any R."""
+    lora_a = inputs.head.lora_a
+    if lora_a is None:
+        return None
+    hidden = inputs.hidden_states
+    out = hidden.new_empty(1, rows.ids.shape[0], lora_a.shape[0], dtype=torch.float32)
+    one = torch.ones(1, dtype=torch.float32, device=hidden.device)
+    chunk = Gathered(hidden, rows.ids, rows.num_rows, one)
+    add_hidden_gradients(out, chunk, lora_a.T.contiguous(), is_first=True)
+    return out[0]
 
 
 def add_weight_gradients(

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastrl_kernels.chunks import Inputs
 from fastrl_kernels.head import LMHead, weight_rows
 from fastrl_kernels.implementation import interprets_triton
-from fastrl_kernels.products import HALF, product
+from fastrl_kernels.products import HALF
 
 NUM_SUMS = 7  # statistics in progress of one row and split, see running_softmax.py
 SPLIT = 2048  # columns whose statistics one program keeps; fixed, so that bits do not depend on S
@@ -138,16 +138,6 @@ def part_of(head: LMHead, columns: slice) -> Part:
         None if head.bias is None else head.bias[columns],
         None if head.lora_b is None else head.lora_b[columns],
     )
-
-
-def adapted_rows(inputs: Inputs, rows: Rows) -> Tensor | None:
-    """(R, r) float32: hidden states after the first half of the adapter."""
-    if inputs.head.lora_a is None:
-        return None
-    hidden = inputs.hidden_states[rows.ids]
-    # Rows that do not count may hold anything, and meet zeros later.
-    counts = torch.arange(hidden.shape[0], device=hidden.device) < rows.num_rows
-    return product(hidden.masked_fill_(~counts[:, None], 0), inputs.head.lora_a.T)
 
 
 def product_arguments(

@@ -105,34 +105,40 @@ def explain(
     workspace = int(workspace_mb * MIB)
     head = as_lm_head(lm_head)
     if not any(isinstance(x, Tensor) and x.requires_grad for x in (hidden_states, *head)):
-        return forward_plan(shape, workspace, batch_invariant)
-    if engine == "min_memory":
-        return min_memory_plan(shape, workspace, batch_invariant)
-    plan = one_pass_plan(shape, workspace, batch_invariant)
-    if engine == "one_pass":
-        return _feasible(plan, shape, workspace)
-    other = min_memory_plan(shape, workspace, batch_invariant)
-    return plan if plan.rows >= 1 and _cost(plan, shape) <= _cost(other, shape) else other
+        return make_plan("forward", shape, workspace, batch_invariant)
+    if engine != "auto":
+        return make_plan(engine, shape, workspace, batch_invariant)
+    plan = _plan("one_pass", shape, workspace, batch_invariant)
+    other = _plan("min_memory", shape, workspace, batch_invariant)
+    if plan.rows >= 1 and (other.rows < 1 or _cost(plan, shape) <= _cost(other, shape)):
+        return plan
+    return make_plan("min_memory", shape, workspace, batch_invariant)
 
 
-def forward_plan(shape: Shape, workspace: int, batch_invariant: bool) -> Plan:
-    """Row chunks for the statistics, in a workspace of so many bytes."""
-    return _feasible(_row_chunks("forward", shape, workspace, batch_invariant), shape, workspace)
+def make_plan(engine: str, shape: Shape, workspace: int, batch_invariant: bool) -> Plan:
+    """The plan of an engine in so many bytes, "forward" included; raises where they are too few."""
+    plan = _plan(engine, shape, workspace, batch_invariant)
+    if plan.rows >= 1:
+        return plan
+    size = max(workspace, MIB // 1024) / MIB
+    while _plan(engine, shape, int(float(f"{size:.3g}") * MIB), batch_invariant).rows < 1:
+        size *= 1.25
+    raise ValueError(
+        f"workspace_mb must hold one row of {shape.vocab_size} logits, got {workspace / MIB:.3g}; "
+        f"give it at least {size:.3g}"
+    )
 
 
-def one_pass_plan(shape: Shape, workspace: int, batch_invariant: bool) -> Plan:
-    """Row chunks that give the gradient too; without rows where the workspace is too small."""
-    return _row_chunks("one_pass", shape, workspace, batch_invariant)
-
-
-def min_memory_plan(shape: Shape, workspace: int, batch_invariant: bool) -> Plan:
-    """Row chunks for the statistics, then slices of the vocabulary for the gradient."""
-    forward = forward_plan(shape, workspace, batch_invariant)
+def _plan(engine: str, shape: Shape, workspace: int, batch_invariant: bool) -> Plan:
+    """The same, with no rows where the workspace is too small."""
+    if engine != "min_memory":
+        return _row_chunks(engine, shape, workspace, batch_invariant)
+    forward = _row_chunks("forward", shape, workspace, batch_invariant)
     columns = _slice_columns(shape, workspace)
     rows, sweep_bytes = _sweep_rows(shape, workspace, columns, batch_invariant)
     return Plan(
         engine="min_memory",
-        rows=rows,
+        rows=rows if forward.rows >= 1 else 0,
         columns=columns,
         workspace_bytes=max(forward.workspace_bytes, sweep_bytes),
         gradient_bytes=_gradient_bytes(shape),
@@ -187,7 +193,7 @@ def _sweep_rows(
     if shape.dtype in HALF and shape.trains_hidden:
         fixed_bytes += hidden_block(shape, workspace) * shape.hidden_size * shape.itemsize
     rows = (workspace - workspace // LIBRARY_SHARE - fixed_bytes) // row_bytes
-    rows = max(1, min(MAX_TILE_ROWS, rows - rows % TILE if rows > TILE else rows))
+    rows = max(0, min(MAX_TILE_ROWS, rows - rows % TILE if rows > TILE else rows))
     used = rows if batch_invariant else min(rows, round_up(shape.num_tokens))
     return rows, used * row_bytes + fixed_bytes
 
@@ -244,15 +250,3 @@ def _cost(plan: Plan, shape: Shape) -> float:
         return plan.flops + sums * num_chunks * shape.vocab_size * shape.trains_weight
     num_slices = -(-shape.vocab_size // plan.columns)
     return plan.flops + sums * num_slices * shape.num_tokens * shape.trains_hidden
-
-
-def _feasible(plan: Plan, shape: Shape, workspace: int) -> Plan:
-    if plan.rows >= 1:
-        return plan
-    enough = max(workspace, MIB // 1024)
-    while _row_chunks(plan.engine, shape, enough, False).rows < 1:
-        enough += enough // 4
-    raise ValueError(
-        f"workspace_mb must hold one row of {shape.vocab_size} logits, got {workspace / MIB:.3g}; "
-        f"give it at least {1.01 * enough / MIB:.3g}"
-    )

@@ -27,7 +27,7 @@ from fastrl_kernels.chunks import (
     write_logits,
 )
 from fastrl_kernels.head import LMHead, accumulation_dtype, weight_rows
-from fastrl_kernels.plan import MIB, Plan, hidden_block, min_memory_plan, shape_of
+from fastrl_kernels.plan import MIB, Plan, hidden_block, make_plan, shape_of
 from fastrl_kernels.products import add_product, product
 
 
@@ -64,7 +64,7 @@ def sweep(
     workspace = int(workspace_mb * MIB)
     shape = shape_of(inputs.hidden_states, inputs.head)
     shape = shape._replace(trains_hidden=needs_grad[0], trains_weight=needs_grad[1])
-    plan = min_memory_plan(shape, workspace, batch_invariant)
+    plan = make_plan("min_memory", shape, workspace, batch_invariant)
     grads = empty_gradients(inputs, needs_grad, weight_grad is None)
     targets = grads if weight_grad is None else grads._replace(weight=weight_grad)
     has_slope = slopes.logps != 0

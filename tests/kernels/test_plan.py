@@ -190,6 +190,21 @@ def test_adapters_wider_than_the_hidden_states_stay_inside_too(workspace_mb: flo
     assert plan.workspace_bytes <= workspace_mb * MIB
 
 
+@pytest.mark.parametrize(
+    ("hidden_size", "vocab_size", "rank", "workspace_mb"),
+    [(896, 123, 64, 1), (4096, 32000, 64, 4), (19, 123, 3, 0.0358)],
+)
+def test_the_smallest_workspaces_hold_the_backward_too(
+    hidden_size: int, vocab_size: int, rank: int, workspace_mb: float
+) -> None:
+    inputs = on_meta(257, hidden_size, vocab_size, rank=rank, dtype=BFLOAT16)
+    with pytest.raises(ValueError, match="give it at least") as error:
+        explain(*inputs, engine="min_memory", workspace_mb=workspace_mb)
+    enough = float(str(error.value).rsplit(" ", 1)[1])
+    plan = explain(*inputs, engine="min_memory", workspace_mb=enough)
+    assert plan.workspace_bytes <= enough * MIB
+
+
 @pytest.mark.parametrize("engine", ["auto", "one_pass", "min_memory"])
 def test_a_workspace_that_is_far_too_small_names_one_that_works(engine: str) -> None:
     for _, plan in plans(0.001, engine):

@@ -150,7 +150,7 @@ def test_products_that_do_not_exist() -> None:
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, "auto"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("trained", [(0,), (1,), (3, 4), (0, 1, 2, 3, 4)])
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_a_workspace_below_one_row_names_one_that_works(
@@ -160,7 +160,7 @@ def test_a_workspace_below_one_row_names_one_that_works(
     for index in trained:
         (case.hidden_states, *case.head[:4])[index].requires_grad_()  # type: ignore[union-attr]
     settings: dict[str, Any] = {"engine": engine, "batch_invariant": batch_invariant}
-    for workspace_mb in (0.0, 0.0005, 0.01):
+    for workspace_mb in (0.0, 0.01):
         with pytest.raises(ValueError, match="workspace_mb must hold one row") as error:
             run(case, workspace_mb=workspace_mb, **settings)
         enough = float(str(error.value).rsplit(" ", 1)[1])

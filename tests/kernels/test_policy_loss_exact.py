@@ -27,6 +27,9 @@ from tests.kernels.policy_cases import (
 )
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+# Several chunks or one; one thread or, once, two, which wait for each other where cores are shared.
+WORKSPACES = [(dtype, workspace_mb, 1) for dtype in DTYPES for workspace_mb in (0.12, 0.2, 256)]
+WORKSPACES += [(torch.float32, 0.16, 2)]
 SURROGATES = [
     Objective(policy_gradient),
     Objective(importance_ratio),
@@ -112,8 +115,7 @@ def test_ratio_is_one_after_the_same_chunks(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("workspace_mb", "num_threads"), [(0.12, 1), (0.16, 2), (256, 1)])
+@pytest.mark.parametrize(("dtype", "workspace_mb", "num_threads"), WORKSPACES)
 def test_ratio_is_one_after_shuffled_parts_of_the_batch(
     engine: str, dtype: torch.dtype, workspace_mb: float, num_threads: int
 ) -> None:
@@ -152,8 +154,7 @@ def test_same_inputs_give_the_same_bits(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("workspace_mb", "num_threads"), [(0.12, 1), (0.2, 2), (256, 1)])
+@pytest.mark.parametrize(("dtype", "workspace_mb", "num_threads"), WORKSPACES)
 def test_row_alone_and_in_a_batch(
     engine: str, dtype: torch.dtype, workspace_mb: float, num_threads: int
 ) -> None:
@@ -173,6 +174,17 @@ def test_row_alone_and_in_a_batch(
     for rows in ([0], [1], [16], [S - 1], [S - 1, 5, 21], list(range(11, 28)), [3, 3]):
         for alone, batch in zip(results(rows), together, strict=True):
             assert torch.equal(alone, batch[rows])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_auto_is_torch_on_a_cpu(engine: str) -> None:
+    case = make_case(7).to(torch.float32)
+    results = []
+    for implementation in ("auto", "torch"):
+        out, grads = loss_and_gradients(case, engine=engine, implementation=implementation)
+        results.append((*out, *grads))
+    for value, other in zip(*results, strict=True):
+        assert torch.equal(value, other)
 
 
 def test_engines_give_the_same_values() -> None:

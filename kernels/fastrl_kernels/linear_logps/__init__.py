@@ -8,7 +8,7 @@ from fastrl_kernels.head_arguments import NUM_TENSORS, to_arguments
 from fastrl_kernels.implementation import check_finite, choose_implementation
 from fastrl_kernels.linear_logps.op import linear_logps_op
 from fastrl_kernels.linear_logps.reference import LinearLogps, linear_logps_reference
-from fastrl_kernels.plan import MIB, forward_plan, shape_of
+from fastrl_kernels.plan import MIB, make_plan, shape_of
 
 __all__ = ["LinearLogps", "linear_logps", "linear_logps_reference"]
 
@@ -45,7 +45,7 @@ def linear_logps(
     check_accumulation(head, accumulate_grad)
     temperatures = per_token_temperature(temperature, hidden_states)
     # Raises here if the workspace is too small.
-    forward_plan(shape_of(hidden_states, head), int(workspace_mb * MIB), batch_invariant)
+    make_plan("forward", shape_of(hidden_states, head), int(workspace_mb * MIB), batch_invariant)
     arguments = to_arguments(head)
     outputs = linear_logps_op(
         hidden_states, *arguments[:NUM_TENSORS], target_ids, temperatures,

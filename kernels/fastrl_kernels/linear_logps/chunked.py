@@ -16,13 +16,13 @@ from fastrl_kernels.chunks import (
     split,
     worthwhile_rows,
 )
-from fastrl_kernels.plan import MIB, forward_plan, shape_of
+from fastrl_kernels.plan import MIB, make_plan, shape_of
 
 
 def forward(inputs: Inputs, *, workspace_mb: float, batch_invariant: bool) -> Statistics:
     """Statistics of every row that has a target; the rest are zero."""
     shape = shape_of(inputs.hidden_states, inputs.head)
-    plan = forward_plan(shape, int(workspace_mb * MIB), batch_invariant)
+    plan = make_plan("forward", shape, int(workspace_mb * MIB), batch_invariant)
     out = empty_statistics(inputs.hidden_states, inputs.target_ids)
     row_ids = worthwhile_rows(inputs.target_ids >= 0)
     buffer = logits_buffer(inputs, plan.rows, row_ids, batch_invariant)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels.chunks import Inputs, Statistics, empty_statistics
+from fastrl_kernels.gathered_products import adapted_rows
 from fastrl_kernels.head import LMHead
 from fastrl_kernels.launch import (
     NUM_SUMS,
+    ROW_WARPS,
     Rows,
-    adapted_rows,
     cdiv,
     logits_blocks,
     parts,
@@ -43,7 +44,7 @@ def forward(inputs: Inputs, *, workspace_mb: float) -> Statistics:
         sums = write_sums(inputs, rows, None)
         statistics_kernel[(rows.ids.shape[0],)](
             sums, rows.ids, rows.num_rows, *out, sums.shape[2], num_splits,
-            BLOCK_SPLITS=power_of_2(num_splits),
+            BLOCK_SPLITS=power_of_2(num_splits), num_warps=ROW_WARPS,
         )  # fmt: skip
     return out
 
@@ -55,9 +56,10 @@ def dense_inputs(inputs: Inputs) -> Inputs:
         is_dense = not isinstance(tensor, Tensor) or tensor.stride(-1) == 1
         return tensor if is_dense else tensor.contiguous()
 
-    return inputs._replace(
-        hidden_states=dense(inputs.hidden_states), head=LMHead._make(map(dense, inputs.head))
-    )
+    return Inputs(
+        dense(inputs.hidden_states), LMHead._make(map(dense, inputs.head)),
+        inputs.target_ids.contiguous(), inputs.temperatures.contiguous(),
+    )  # fmt: skip
 
 
 def write_sums(inputs: Inputs, rows: Rows, logits: Tensor | None) -> Tensor:

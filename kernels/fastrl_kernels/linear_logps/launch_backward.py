@@ -11,6 +11,7 @@ from torch import Tensor
 from fastrl_kernels.chunks import Inputs, column_slices
 from fastrl_kernels.gathered_products import (
     Gathered,
+    adapted_rows,
     add_column_sums,
     add_hidden_gradients,
     add_weight_gradients,
@@ -19,7 +20,6 @@ from fastrl_kernels.gathered_products import (
 from fastrl_kernels.launch import (
     Part,
     Rows,
-    adapted_rows,
     cdiv,
     logits_blocks,
     part_of,
@@ -48,25 +48,32 @@ def backward(
     if hidden.shape[0] == 0:
         return grads
     targets = grads if weight_grad is None else grads._replace(weight=weight_grad)
+    if weight_grad is not None and weight_grad.stride(-1) != 1:
+        targets = targets._replace(
+            weight=torch.zeros_like(weight_grad, memory_format=torch.contiguous_format)
+        )
     entropy_slopes = slopes.entropies
     if entropy_slopes is None:
         entropy_slopes = torch.zeros_like(slopes.logps)
-    slopes = slopes._replace(entropies=entropy_slopes)
+    slopes = slopes._replace(logps=slopes.logps.contiguous(), entropies=entropy_slopes.contiguous())
     has_slope = (inputs.target_ids >= 0) & ((slopes.logps != 0) | (entropy_slopes != 0))
     rows = rows_where(has_slope)
     workspace = int(workspace_mb * MIB)
     block = max(1, workspace // 4 // (4 * hidden.shape[1]))
-    unit = unit_of(torch.stack([slopes.logps, entropy_slopes]), hidden.dtype)
+    given = torch.stack([slopes.logps, entropy_slopes]).masked_fill(~has_slope, 0)
+    unit = unit_of(given, hidden.dtype)
     size = max(1, min(MAX_ROWS, workspace // 4 // (split_columns() * hidden.dtype.itemsize)))
     pass_of = _Pass(inputs, slopes, unit, size)
     if hidden.shape[0] <= block or not needs_grad[0]:
         pass_of.add(rows, targets)
-        return grads
-    nothing = hidden.new_zeros(0)
-    for some in row_chunks(rows, block):
-        pass_of.add(some, Gradients(targets.hidden_states, *[nothing] * 4))
-    if any(needs_grad[1:]):
-        pass_of.add(rows, targets._replace(hidden_states=nothing))
+    else:
+        nothing = hidden.new_zeros(0)
+        for some in row_chunks(rows, block):
+            pass_of.add(some, Gradients(targets.hidden_states, *[nothing] * 4))
+        if any(needs_grad[1:]):
+            pass_of.add(rows, targets._replace(hidden_states=nothing))
+    if weight_grad is not None and targets.weight is not weight_grad:
+        weight_grad += targets.weight
     return grads
 
 

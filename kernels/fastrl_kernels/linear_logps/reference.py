@@ -56,7 +56,8 @@ def linear_logps_reference(
     all_logps = logits.log_softmax(-1)
     probs = all_logps.exp()
     logps = all_logps.gather(-1, target_ids.clamp(min=0)[:, None])[:, 0]
-    entropies = -(probs * all_logps).sum(-1)
+    # 0 log 0 is 0, in the gradient too.
+    entropies = -(probs * all_logps.masked_fill(probs == 0, 0.0)).sum(-1)
     return LinearLogps(
         logps=logps.masked_fill(ignored, 0.0),
         entropies=entropies.masked_fill(ignored, 0.0),

@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels.chunks import Chunk, Inputs, column_slices, gather, low_rank
-from fastrl_kernels.gathered_products import Gathered, active_slots, add_hidden_gradients, unit_of
+from fastrl_kernels.gathered_products import (
+    Gathered,
+    active_slots,
+    adapted_rows,
+    add_hidden_gradients,
+    unit_of,
+)
 from fastrl_kernels.head import LMHead
 from fastrl_kernels.launch import (
     NUM_SUMS,
     Rows,
-    adapted_rows,
     cdiv,
     kernel_function,
     parts,
@@ -29,7 +34,7 @@ from fastrl_kernels.launch import (
 from fastrl_kernels.linear_logps.launch import dense_inputs, write_sums
 from fastrl_kernels.linear_logps.launch_backward import add_head_gradients, finish_hidden
 from fastrl_kernels.objectives import Objective
-from fastrl_kernels.plan import MIB, Plan, forward_plan, one_pass_plan, shape_of
+from fastrl_kernels.plan import MIB, Plan, make_plan, shape_of
 from fastrl_kernels.policy_loss.kernel import fix_up_kernel, gradients_kernel
 from fastrl_kernels.policy_loss.one_pass import Losses, Tokens, empty_losses, empty_sums
 from fastrl_kernels.policy_loss.reference import PolicyLoss
@@ -55,10 +60,12 @@ def one_pass(
 ) -> tuple[PolicyLoss, Gradients]:  # fmt: skip
     """As `one_pass.one_pass`, without waiting for the device."""
     inputs = dense_inputs(inputs)
+    tokens = Tokens._make(None if x is None else x.contiguous() for x in tokens)
     shape = shape_of(inputs.hidden_states, inputs.head)
     shape = shape._replace(trains_hidden=needs_grad[0], trains_weight=needs_grad[1])
-    make_plan = one_pass_plan if any(needs_grad) else forward_plan
-    plan = make_plan(shape, int(workspace_mb * MIB), False)
+    plan = make_plan(
+        "one_pass" if any(needs_grad) else "forward", shape, int(workspace_mb * MIB), False
+    )
     out = empty_losses(inputs)
     sums = empty_sums(inputs, needs_grad)
     num_tokens = inputs.hidden_states.shape[0]
@@ -104,6 +111,9 @@ class _Run(NamedTuple):
         gradients = logits.view(dtype)[:, : logits.shape[1]]
         if self.is_dense:
             dense = gather(self.inputs, rows.ids, rows.ids.shape[0])
+            # Rows of weight 0 may hold anything, and zero times NaN would reach the weight.
+            counts = torch.arange(rows.ids.shape[0], device=rows.ids.device) < rows.num_rows
+            dense.hidden_states.masked_fill_(~counts[:, None], 0)
             sums = self.dense_sums(dense, rows, logits)
             self.fix_up(rows, sums, logits, gradients, wants_gradients=self.wants_gradients)
             if self.wants_gradients:

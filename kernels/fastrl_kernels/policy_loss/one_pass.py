@@ -27,7 +27,7 @@ from fastrl_kernels.chunks import (
 )
 from fastrl_kernels.head import accumulation_dtype
 from fastrl_kernels.objectives import Objective, evaluate
-from fastrl_kernels.plan import MIB, Plan, forward_plan, one_pass_plan, shape_of
+from fastrl_kernels.plan import MIB, Plan, make_plan, shape_of
 from fastrl_kernels.policy_loss.reference import PolicyLoss
 from fastrl_kernels.sweep import Gradients, add_head_gradients, empty_gradients, head_sums
 
@@ -74,8 +74,9 @@ def one_pass(
     """
     shape, workspace = shape_of(inputs.hidden_states, inputs.head), int(workspace_mb * MIB)
     shape = shape._replace(trains_hidden=needs_grad[0], trains_weight=needs_grad[1])
-    make_plan = one_pass_plan if any(needs_grad) else forward_plan
-    plan = make_plan(shape, workspace, batch_invariant)
+    plan = make_plan(
+        "one_pass" if any(needs_grad) else "forward", shape, workspace, batch_invariant
+    )
     out = empty_losses(inputs)
     sums = empty_sums(inputs, needs_grad)
     row_ids = worthwhile_rows((inputs.target_ids >= 0) & (tokens.weights != 0))
@@ -83,6 +84,7 @@ def one_pass(
     for ids, num_rows in split(row_ids, plan.rows, batch_invariant):
         chunk = gather(inputs, ids, num_rows)
         chunk.ignored.logical_or_(tokens.weights[ids] == 0)
+        chunk.hidden_states.masked_fill_(chunk.ignored[:, None], 0)
         probs = buffer[: ids.shape[0]]
         fill_logits(probs, chunk, inputs, plan.columns, padded=batch_invariant)
         softmax = softmax_(probs, chunk.target_ids, wants_argmax=False)

@@ -12,6 +12,7 @@ from fastrl_kernels.selected_logps.kernel import stored_gradients_kernel, stored
 def forward(logits: Tensor, target_ids: Tensor, temperatures: Tensor) -> Statistics:
     """Statistics of every row that has a target; the rest are zero."""
     num_rows, num_columns = logits.shape
+    target_ids, temperatures = target_ids.contiguous(), temperatures.contiguous()
     out = empty_statistics(logits, target_ids)
     if num_rows == 0:
         return out
@@ -39,7 +40,8 @@ def backward(
         entropy_slopes = torch.zeros_like(logp_slopes)
     block = row_block()
     stored_gradients_kernel[(num_rows, cdiv(num_columns, block["BLOCK_V"]))](
-        logits, target_ids, temperatures, logp_slopes.contiguous(), entropy_slopes.contiguous(),
+        logits, target_ids.contiguous(), temperatures.contiguous(), logp_slopes.contiguous(),
+        entropy_slopes.contiguous(),
         logps, entropies, lse, residuals, out, num_columns, logits.stride(0), out.stride(0),
         **block,
     )  # fmt: skip

@@ -24,7 +24,10 @@ def selected_logps_reference(
     logps = all_logps.gather(-1, target_ids.clamp(min=0)[:, None])[:, 0]
     return LinearLogps(
         logps=logps.masked_fill(ignored, 0.0),
-        entropies=-(probs * all_logps).sum(-1).masked_fill(ignored, 0.0),
+        # 0 log 0 is 0, in the gradient too.
+        entropies=-(probs * all_logps.masked_fill(probs == 0, 0.0))
+        .sum(-1)
+        .masked_fill(ignored, 0.0),
         lse=wide.logsumexp(-1).masked_fill(ignored, 0.0).detach(),
         sum_p2=probs.pow(2).sum(-1).masked_fill(ignored, 0.0).detach(),
         sum_p3=probs.pow(3).sum(-1).masked_fill(ignored, 0.0).detach(),
