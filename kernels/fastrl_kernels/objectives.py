@@ -184,9 +184,10 @@ def _check_function(
 def _num_arguments(function: Callable[..., Any]) -> int | None:
     """Of a function that can be found again by its name; None for anything else."""
     source = getattr(function, "fn", function)
-    if not isinstance(source, types.FunctionType) or not source.__qualname__.isidentifier():
+    if not isinstance(source, types.FunctionType):
         return None
-    return source.__code__.co_argcount
+    found = getattr(sys.modules.get(source.__module__), source.__qualname__, None)
+    return source.__code__.co_argcount if getattr(found, "fn", found) is source else None
 
 
 def check_per_token(name: str, tensor: Tensor | None, tokens: Tensor) -> None:

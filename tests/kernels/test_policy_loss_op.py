@@ -203,7 +203,6 @@ def twice_the_ratio(logp, old_logp, advantage):  # type: ignore[no-untyped-def]
     return ratio * advantage, ratio * advantage
 
 
-@pytest.mark.xfail(strict=True, reason="the function of that name runs, not the one given")
 def test_a_function_under_the_name_of_another_is_not_that_other() -> None:
     case = make_case(8)
     once = run(case, objective=Objective(importance_ratio), entropy_coef=0.0).loss
