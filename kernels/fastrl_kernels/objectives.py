@@ -183,11 +183,13 @@ def _check_function(
 @torch.compiler.assume_constant_result
 def _num_arguments(function: Callable[..., Any]) -> int | None:
     """Of a function that can be found again by its name; None for anything else."""
-    source = getattr(function, "fn", function)
+    source: Any = getattr(function, "fn", function)
     if not isinstance(source, types.FunctionType):
         return None
     found = getattr(sys.modules.get(source.__module__), source.__qualname__, None)
-    return source.__code__.co_argcount if getattr(found, "fn", found) is source else None
+    if getattr(found, "fn", found) is not source:
+        return None
+    return source.__code__.co_argcount
 
 
 def check_per_token(name: str, tensor: Tensor | None, tokens: Tensor) -> None:

@@ -23,7 +23,7 @@ from fastrl_kernels.products import HALF, TILE, round_up
 MIB = 2**20
 ENGINES = ("auto", "one_pass", "min_memory")
 # Rows that share each slice of the weight; more would only take memory.
-MAX_ROWS = {"cpu": 512, "cuda": 4096}
+MAX_ROWS = {"cpu": 256, "cuda": 4096}
 LIBRARY_SHARE = 8  # an eighth of the workspace is left to buffers of the libraries below
 MAX_TILE_ROWS = 4096  # of min_memory
 SLICE = 2048  # columns of a slice in min_memory; the gradients of hidden states add up over slices
@@ -169,7 +169,7 @@ def _row_chunks(engine: str, shape: Shape, workspace: int, batch_invariant: bool
     if engine == "one_pass":
         fixed_bytes += _accumulator_bytes(shape)
     workspace -= workspace // LIBRARY_SHARE
-    rows = max(0, min(MAX_ROWS.get(shape.device, 512), (workspace - fixed_bytes) // row_bytes))
+    rows = max(0, min(MAX_ROWS.get(shape.device, 256), (workspace - fixed_bytes) // row_bytes))
     if rows > TILE:
         rows -= rows % TILE
     used = rows if batch_invariant else min(rows, round_up(shape.num_tokens))

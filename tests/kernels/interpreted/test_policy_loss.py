@@ -279,8 +279,7 @@ def my_surrogate(logp, old_logp, advantage, width):  # type: ignore[no-untyped-d
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("width", [0.5, 2.0])
-def test_an_objective_of_the_users_own(engine: str, width: float) -> None:
+def test_an_objective_of_the_users_own(engine: str) -> None:
     case, tokens = with_tokens(make_case("plain", torch.float32))
-    objective = Objective(my_surrogate, (width,))
+    objective = Objective(my_surrogate, (0.5,))
     check_policy_loss(case, tokens, ("old_logps",), objective=objective, **ENGINES[engine])
