@@ -187,9 +187,8 @@ def _num_arguments(function: Callable[..., Any]) -> int | None:
     if not isinstance(source, types.FunctionType):
         return None
     found = getattr(sys.modules.get(source.__module__), source.__qualname__, None)
-    if getattr(found, "fn", found) is not source:
-        return None
-    return source.__code__.co_argcount
+    num_arguments: int = source.__code__.co_argcount
+    return num_arguments if getattr(found, "fn", found) is source else None
 
 
 def check_per_token(name: str, tensor: Tensor | None, tokens: Tensor) -> None:
