@@ -153,8 +153,8 @@ def test_sizes_around_the_blocks_and_splits(
     [("gather", torch.float32), ("gather", torch.float16), ("cublas", torch.bfloat16)],
 )
 def test_chunks_of_rows(engine: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = launch.one_pass_plan
-    monkeypatch.setattr(launch, "one_pass_plan", lambda *call: plan(*call)._replace(rows=7))
+    make_plan = launch.make_plan
+    monkeypatch.setattr(launch, "make_plan", lambda *call: make_plan(*call)._replace(rows=7))
     case, tokens = with_tokens(make_case("everything", dtype))
     settings = ENGINES[engine]
     check_policy_loss(case, tokens, OPTIONS, objective=REGULARISED, entropy_coef=0.1, **settings)
