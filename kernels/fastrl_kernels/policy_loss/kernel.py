@@ -67,11 +67,10 @@ def fix_up_kernel(
     active = (slope != 0.0) | (entropy_slope != 0.0)
     if (not DENSE) and (not active):
         return
-    temperature = tl.load(temperatures_ptr + token)
     write_gradients(
         logits_ptr + slot * logits_stride, gradients_ptr + slot * gradients_stride,
         tl.load(target_ids_ptr + token), active, slope, entropy_slope, logp, entropy, lse, residual,
-        temperature, logit_scale, softcap, 1.0, num_columns, HAS_SOFTCAP, IS_RAW, BLOCK_V,
+        tl.load(temperatures_ptr + token), logit_scale, softcap, 1.0, num_columns, HAS_SOFTCAP, IS_RAW, BLOCK_V,
     )  # fmt: skip
 
 
