@@ -86,14 +86,9 @@ def policy_loss(
     )  # fmt: skip
     run = _min_memory if plan.engine == "min_memory" else _one_pass
     settings = Settings(
-        temperature,
-        entropy_coef,
-        workspace_mb,
-        batch_invariant,
-        accumulate_grad,
-        implementation,
+        temperature, entropy_coef, workspace_mb, batch_invariant, accumulate_grad, implementation,
         products,
-    )
+    )  # fmt: skip
     result = run(hidden_states, head, target_ids, tokens, objective, settings)
     if check:
         check_finite(result.loss, hidden_states=hidden_states, **head._asdict(), **given)

@@ -25,8 +25,8 @@ def fix_up_kernel(
     """Statistics, loss and slopes of one row; then its logits become their gradients in place.
 
     gradients_ptr is logits_ptr in the dtype of the hidden states: a row of gradients takes the
-    first half of its own logits. Rows without slopes are left as they are, or zero where DENSE.
-    IS_RAW: the logits are products with the head still, without scale and temperature.
+    first half of its own logits. Rows without slopes stay as they are, or become zero where DENSE.
+    IS_RAW: the logits are still without scale and temperature.
     """
     slot = tl.program_id(0).to(tl.int64)
     counts = slot < tl.load(count_ptr)
@@ -62,15 +62,14 @@ def fix_up_kernel(
         tl.store(slopes_ptr + token, slope)
         tl.store(entropy_slopes_ptr + token, entropy_slope)
         tl.store(clipped_ptr + token, clipped)
-    if not GRADIENTS:
-        return
     active = (slope != 0.0) | (entropy_slope != 0.0)
-    if (not DENSE) and (not active):
+    if (not GRADIENTS) or ((not DENSE) and (not active)):
         return
     write_gradients(
         logits_ptr + slot * logits_stride, gradients_ptr + slot * gradients_stride,
         tl.load(target_ids_ptr + token), active, slope, entropy_slope, logp, entropy, lse, residual,
-        tl.load(temperatures_ptr + token), logit_scale, softcap, 1.0, num_columns, HAS_SOFTCAP, IS_RAW, BLOCK_V,
+        tl.load(temperatures_ptr + token), logit_scale, softcap, 1.0, num_columns, HAS_SOFTCAP,
+        IS_RAW, BLOCK_V,
     )  # fmt: skip
 
 
