@@ -59,7 +59,7 @@ def test_every_head(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "width", "columns"),
-    [(0, 19, 203), (1, 1, 5), (7, 33, 31), (37, 5, 97), (5, 16, 96), (3, 2, 1), (16, 32, 192)],
+    [(0, 19, 203), (1, 1, 5), (7, 33, 31), (37, 5, 97), (5, 16, 96), (3, 2, 1), (4, 17, 203)],
 )
 def test_sizes_around_the_blocks_and_splits(rows: int, width: int, columns: int) -> None:
     check_linear_logps(
@@ -145,7 +145,7 @@ def test_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public plan refuses workspaces that hold so few rows, so a MiB is made smaller here."""
     monkeypatch.setattr(launch, "MIB", 2**8)
     monkeypatch.setattr(launch_backward, "MIB", 2**8)
-    case = make_case("everything", torch.bfloat16, columns=131)
+    case = make_case("everything", torch.bfloat16)
     check_linear_logps(case, functools.partial(triton_logps, workspace_mb=8))
 
 

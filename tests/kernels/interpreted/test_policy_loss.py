@@ -138,7 +138,8 @@ def test_a_float32_adapter_beside_a_bfloat16_head(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ["gather", "cublas"])
 @pytest.mark.parametrize(
-    ("rows", "width", "columns"), [(0, 19, 203), (1, 1, 5), (7, 33, 31), (37, 5, 97), (2, 16, 1)]
+    ("rows", "width", "columns"),
+    [(0, 19, 203), (1, 1, 5), (7, 33, 31), (37, 5, 97), (2, 16, 1), (4, 17, 203)],
 )
 def test_sizes_around_the_blocks_and_splits(
     engine: str, rows: int, width: int, columns: int
@@ -164,7 +165,7 @@ def test_chunks_of_rows_in_min_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public plan refuses workspaces that hold so few rows, so a MiB is made smaller here."""
     monkeypatch.setattr(linear_launch, "MIB", 2**8)
     monkeypatch.setattr(launch_backward, "MIB", 2**8)
-    case, tokens = with_tokens(make_case("everything", torch.float16, columns=131))
+    case, tokens = with_tokens(make_case("everything", torch.float16))
     settings = ENGINES["min_memory"]
     check_policy_loss(case, tokens, OPTIONS, objective=REGULARISED, workspace_mb=16, **settings)
 
