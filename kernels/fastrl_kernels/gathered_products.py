@@ -19,7 +19,7 @@ from fastrl_kernels.launch import Rows, cdiv, power_of_2, product_blocks, upcast
 COLUMN_BLOCK = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["count_ptr"])
 def hidden_gradients_kernel(
     gradients_ptr, weight_ptr, slots_ptr, count_ptr, unit_ptr, out_ptr, num_rows, num_columns,
     hidden_size, columns_per_split, gradients_stride, weight_stride, out_stride,
@@ -63,7 +63,7 @@ def hidden_gradients_kernel(
     tl.store(out, total, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["count_ptr"])
 def weight_gradients_kernel(
     gradients_ptr, rows_ptr, slots_ptr, row_ids_ptr, count_ptr, unit_ptr, out_ptr, num_columns,
     width, scale, gradients_stride, rows_stride, out_stride,
@@ -106,7 +106,7 @@ def weight_gradients_kernel(
     tl.store(out, total, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["count_ptr"])
 def column_sums_kernel(
     gradients_ptr, slots_ptr, count_ptr, unit_ptr, out_ptr, num_columns, gradients_stride,
     BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -129,7 +129,7 @@ def column_sums_kernel(
     tl.store(out_ptr + column, tl.load(out_ptr + column, mask, 0.0) + total, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["count_ptr"])
 def active_slots_kernel(
     row_ids_ptr, count_ptr, logp_slopes_ptr, entropy_slopes_ptr, slots_ptr, active_count_ptr,
     num_rows, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,

@@ -11,12 +11,13 @@ import torch
 import triton
 from torch import Tensor
 
+from fastrl_kernels import running_softmax
 from fastrl_kernels.chunks import Inputs
 from fastrl_kernels.head import LMHead, weight_rows
 from fastrl_kernels.implementation import interprets_triton
 from fastrl_kernels.products import HALF
 
-NUM_SUMS = 7  # statistics in progress of one row and split, see running_softmax.py
+NUM_SUMS = running_softmax.NUM_SUMS.value
 SPLIT = 2048  # columns whose statistics one program keeps; fixed, so that bits do not depend on S
 
 

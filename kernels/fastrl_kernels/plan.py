@@ -41,7 +41,6 @@ class Shape(NamedTuple):
     vocab_size: int
     rank: int = 0
     dtype: torch.dtype = torch.float32
-    weight_is_slow: bool = False  # 4 bits: every use makes a slice of it again
     trains_hidden: bool = True
     trains_weight: bool = True
     device: str = "cpu"
@@ -79,7 +78,6 @@ def shape_of(hidden_states: Tensor, lm_head: LMHead | Tensor) -> Shape:
         vocab_size=head.num_columns,
         rank=0 if head.lora_a is None else head.lora_a.shape[0],
         dtype=hidden_states.dtype,
-        weight_is_slow=not isinstance(weight, Tensor),
         trains_hidden=hidden_states.requires_grad,
         trains_weight=isinstance(weight, Tensor) and weight.requires_grad,
         device=hidden_states.device.type,

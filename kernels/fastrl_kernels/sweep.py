@@ -8,6 +8,7 @@ The gradient of a slice of the weight is complete when all rows have gone by, an
 S selected tokens, D hidden, V vocabulary without padding, R rows of a tile, r rank of the adapter.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def sweep(
     shape = shape_of(inputs.hidden_states, inputs.head)
     shape = shape._replace(trains_hidden=needs_grad[0], trains_weight=needs_grad[1])
     plan = make_plan("min_memory", shape, workspace, batch_invariant)
-    grads = empty_gradients(inputs, needs_grad, weight_grad is None)
+    grads = empty_gradients(inputs.hidden_states, inputs.head[:4], needs_grad, weight_grad is None)
     targets = grads if weight_grad is None else grads._replace(weight=weight_grad)
     has_slope = slopes.logps != 0
     if slopes.entropies is not None:
@@ -86,14 +87,20 @@ def sweep(
     return grads
 
 
-def empty_gradients(inputs: Inputs, needs_grad: list[bool], new_weight: bool = True) -> Gradients:
-    """Zeros where a gradient is asked for; the weight's may be somewhere else already."""
+def empty_gradients(
+    hidden_states: Tensor, head_tensors: Sequence[object], needs_grad: list[bool],
+    new_weight: bool = True,
+) -> Gradients:  # fmt: skip
+    """Zeros where a gradient is asked for; the weight's may be somewhere else already.
+
+    head_tensors: weight, bias, lora_a and lora_b, or what stands for them.
+    """
     wanted = [needs_grad[0], needs_grad[1] and new_weight, *needs_grad[2:]]
     return Gradients._make(
         torch.zeros_like(tensor)
         if isinstance(tensor, Tensor) and needed
-        else inputs.hidden_states.new_zeros(0)
-        for tensor, needed in zip((inputs.hidden_states, *inputs.head[:4]), wanted, strict=True)
+        else hidden_states.new_zeros(0)
+        for tensor, needed in zip((hidden_states, *head_tensors), wanted, strict=True)
     )
 
 
@@ -194,7 +201,7 @@ def add_head_gradients(
     if sums.weight.numel():
         add_product(sums.weight, tile.T, hidden, padded=padded)
     if sums.bias.numel():
-        sums.bias.add_(tile.sum(0))
+        sums.bias.add_(tile.sum(0, dtype=sums.bias.dtype))
     if adapted is None or head.lora_a is None or head.lora_b is None:
         return
     if sums.lora_b.numel():

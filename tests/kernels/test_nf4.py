@@ -201,6 +201,18 @@ def test_parts_that_do_not_fit_raise(changes: dict[str, Any], message: str) -> N
         check_inputs(inputs[0], LMHead(weight._replace(**changes)), inputs[1])
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (5, 3), (1, 1)])
+def test_an_odd_number_of_values_adds_no_row(shape: tuple[int, int]) -> None:
+    weight, dense = make_weight(shape, torch.float32)
+    hidden = torch.ones(2, shape[1])
+    target_ids = torch.tensor([0, shape[0] - 1])
+    ours = linear_logps(hidden, LMHead(weight), target_ids)
+    expected = linear_logps(hidden, LMHead(dense), target_ids)
+    assert all(map(torch.equal, ours, expected))
+    with pytest.raises(ValueError, match=f"below the vocabulary size {shape[0]}"):
+        linear_logps(hidden, LMHead(weight), target_ids + 1)
+
+
 def test_weights_that_cannot_be_read_raise() -> None:
     made = pack((5, 257), 64)
     repacked = make_params4bit(made, (5, 257), packing_format_for_cpu=True)

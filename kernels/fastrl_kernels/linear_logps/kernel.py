@@ -22,13 +22,15 @@ from fastrl_kernels.running_softmax import (
 
 
 @triton.jit
-def product_tile(
-    hidden_ptr, weight_ptr, low_rank_ptr, lora_b_ptr, token, slot, row_mask, columns, column_mask,
-    hidden_size, rank, hidden_stride, weight_stride, low_rank_stride, lora_b_stride, lora_scale,
-    HAS_LORA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr, UPCAST: tl.constexpr,
+def logits_tile(
+    hidden_ptr, weight_ptr, bias_ptr, low_rank_ptr, lora_b_ptr, token, slot, row_mask, columns,
+    column_mask, hidden_size, rank, hidden_stride, weight_stride, low_rank_stride, lora_b_stride,
+    lora_scale, temperature, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_LORA: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_V) float32: h W^T, plus the adapter's part."""
+    """(BLOCK_M, BLOCK_V) float32 logits over temperature."""
     d = tl.arange(0, BLOCK_D)
     hidden_ptrs = hidden_ptr + token[:, None] * hidden_stride + d[None, :]
     weight_ptrs = weight_ptr + columns[None, :].to(tl.int64) * weight_stride + d[:, None]
@@ -51,10 +53,15 @@ def product_tile(
             low = tl.load(low_ptrs + start, row_mask[:, None] & inside[None, :], 0.0)
             b = tl.load(b_ptrs + start, column_mask[None, :] & inside[:, None], 0.0)
             z = tl.dot(lora_scale * low.to(tl.float32), b.to(tl.float32), z, input_precision="ieee")
-    return z
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns, column_mask, 0.0).to(tl.float32)[None, :]
+    return transform_logits(
+        z, bias, temperature[:, None], logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
+    )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_split"], do_not_specialize_on_alignment=["count_ptr"])
 def logits_kernel(
     hidden_ptr, weight_ptr, bias_ptr, low_rank_ptr, lora_b_ptr, row_ids_ptr, count_ptr,
     target_ids_ptr, temperatures_ptr, logits_ptr, sums_ptr, num_rows, num_columns, first_column,
@@ -82,17 +89,12 @@ def logits_kernel(
     for tile in range(split * tiles_per_split, last_tile):
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         column_mask = columns < num_columns
-        z = product_tile(
-            hidden_ptr, weight_ptr, low_rank_ptr, lora_b_ptr, token, slot, row_mask, columns,
-            column_mask, hidden_size, rank, hidden_stride, weight_stride, low_rank_stride,
-            lora_b_stride, lora_scale, HAS_LORA, BLOCK_M, BLOCK_V, BLOCK_D, BLOCK_R, UPCAST,
+        z = logits_tile(
+            hidden_ptr, weight_ptr, bias_ptr, low_rank_ptr, lora_b_ptr, token, slot, row_mask,
+            columns, column_mask, hidden_size, rank, hidden_stride, weight_stride, low_rank_stride,
+            lora_b_stride, lora_scale, temperature, logit_scale, softcap, HAS_BIAS, HAS_LORA,
+            HAS_SOFTCAP, BLOCK_M, BLOCK_V, BLOCK_D, BLOCK_R, UPCAST,
         )  # fmt: skip
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + columns, column_mask, 0.0).to(tl.float32)[None, :]
-        z = transform_logits(
-            z, bias, temperature[:, None], logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
-        )
         z = tl.where(column_mask[None, :], z, -float("inf"))
         if STORE:
             # One wide base and narrow offsets: wide ones for every element would spill.
@@ -109,7 +111,7 @@ def logits_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["count_ptr"])
 def statistics_kernel(
     sums_ptr, row_ids_ptr, count_ptr, logps_ptr, entropies_ptr, lse_ptr, sum_p2_ptr, sum_p3_ptr,
     argmax_ids_ptr, residuals_ptr, num_rows, num_splits, BLOCK_SPLITS: tl.constexpr,
@@ -131,7 +133,7 @@ def statistics_kernel(
     tl.store(residuals_ptr + token, residual)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["count_ptr"])
 def slice_gradients_kernel(
     hidden_ptr, weight_ptr, bias_ptr, low_rank_ptr, lora_b_ptr, row_ids_ptr, count_ptr,
     target_ids_ptr, temperatures_ptr, logp_slopes_ptr, entropy_slopes_ptr, logps_ptr,
@@ -154,15 +156,12 @@ def slice_gradients_kernel(
     temperature = tl.load(temperatures_ptr + token, row_mask, 1.0)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     column_mask = columns < num_columns
-    z = product_tile(
-        hidden_ptr, weight_ptr, low_rank_ptr, lora_b_ptr, token, slot, row_mask, columns,
+    z = logits_tile(
+        hidden_ptr, weight_ptr, bias_ptr, low_rank_ptr, lora_b_ptr, token, slot, row_mask, columns,
         column_mask, hidden_size, rank, hidden_stride, weight_stride, low_rank_stride,
-        lora_b_stride, lora_scale, HAS_LORA, BLOCK_M, BLOCK_V, BLOCK_D, BLOCK_R, UPCAST,
+        lora_b_stride, lora_scale, temperature, logit_scale, softcap, HAS_BIAS, HAS_LORA,
+        HAS_SOFTCAP, BLOCK_M, BLOCK_V, BLOCK_D, BLOCK_R, UPCAST,
     )  # fmt: skip
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + columns, column_mask, 0.0).to(tl.float32)[None, :]
-    z = transform_logits(z, bias, temperature[:, None], logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
     factor = logit_scale / (temperature * tl.load(unit_ptr))
     gradient = logit_gradient(
         z, columns[None, :] == targets[:, None],

@@ -43,8 +43,8 @@ def backward(
 ) -> Gradients:  # fmt: skip
     """As `sweep`, without waiting for the device."""
     inputs = dense_inputs(inputs)
-    grads = empty_gradients(inputs, needs_grad, weight_grad is None)
     hidden = inputs.hidden_states
+    grads = empty_gradients(hidden, inputs.head[:4], needs_grad, weight_grad is None)
     if hidden.shape[0] == 0:
         return grads
     targets = grads if weight_grad is None else grads._replace(weight=weight_grad)
@@ -97,6 +97,7 @@ class _Pass(NamedTuple):
         adapted_sum = None
         if head.lora_b is not None and (hidden_sum is not None or grads.lora_a.numel()):
             adapted_sum = hidden.new_zeros(1, num_rows, head.lora_b.shape[1], dtype=torch.float32)
+        all_adapted = adapted_rows(inputs, rows)
         buffer = hidden.new_empty(size, split_columns())
         slots = torch.arange(size, dtype=torch.int32, device=hidden.device)
         for columns in column_slices(head.num_columns, split_columns()):
@@ -104,7 +105,7 @@ class _Pass(NamedTuple):
             sums = head_sums(grads, columns, torch.float32)
             for index, some in enumerate(row_chunks(rows, size)):
                 places = slice(index * size, index * size + some.ids.shape[0])
-                adapted = adapted_rows(inputs, some)
+                adapted = None if all_adapted is None else all_adapted[places]
                 self.write_gradients(buffer, some, part, adapted)
                 gradients = buffer[: some.ids.shape[0], : part.num_columns]
                 chunk = Gathered(gradients, slots[: some.ids.shape[0]], some.num_rows, self.unit)

@@ -10,7 +10,7 @@ from fastrl_kernels.head import accumulation_dtype
 from fastrl_kernels.head_arguments import NUM_TENSORS, from_arguments
 from fastrl_kernels.implementation import on_device
 from fastrl_kernels.linear_logps import chunked
-from fastrl_kernels.sweep import TokenSlopes, sweep
+from fastrl_kernels.sweep import TokenSlopes, empty_gradients, sweep
 
 NUM_TRAINABLE = 5  # hidden_states, weight, bias, lora_a, lora_b: the first inputs
 
@@ -31,6 +31,7 @@ def linear_logps_op(
     softcap: float | None,
     vocab_size: int | None,
     block_size: int | None,
+    num_rows: int | None,
     workspace_mb: float,
     batch_invariant: bool,
     accumulate_grad: bool,
@@ -39,7 +40,7 @@ def linear_logps_op(
     """The fields of `LinearLogps`, and what rounding took from lse; the head in its parts."""
     head = from_arguments(
         hidden_states, weight, bias, lora_a, lora_b, absmax, codebook, lora_scale, logit_scale,
-        softcap, vocab_size, block_size,
+        softcap, vocab_size, block_size, num_rows,
     )  # fmt: skip
     check_values(target_ids, temperatures, head.num_columns)
     inputs = Inputs(hidden_states, head, target_ids, temperatures)
@@ -83,6 +84,7 @@ def head_gradients_op(
     softcap: float | None,
     vocab_size: int | None,
     block_size: int | None,
+    num_rows: int | None,
     workspace_mb: float,
     batch_invariant: bool,
     implementation: str,
@@ -91,7 +93,7 @@ def head_gradients_op(
     """The fields of `Gradients`; that of the weight is added into weight_grad if that is given."""
     head = from_arguments(
         hidden_states, weight, bias, lora_a, lora_b, absmax, codebook, lora_scale, logit_scale,
-        softcap, vocab_size, block_size,
+        softcap, vocab_size, block_size, num_rows,
     )  # fmt: skip
     slopes = TokenSlopes(grad_logps, grad_entropies, logps, entropies, lse, residuals)
     inputs = Inputs(hidden_states, head, target_ids, temperatures)
@@ -115,20 +117,7 @@ def head_gradients_op(
 
 @head_gradients_op.register_fake
 def _(weight_grad: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    hidden_states, needs_grad = args[6], args[-1]
-    return empty_gradients(args[6:11], hidden_states, needs_grad, weight_grad is None)
-
-
-def empty_gradients(
-    tensors: tuple[Tensor | None, ...], hidden_states: Tensor, needs_grad: list[bool],
-    new_weight: bool = True,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Room for the gradients of `Gradients`, for fake tensors."""
-    wanted = [needs_grad[0], needs_grad[1] and new_weight, *needs_grad[2:]]
-    return tuple(
-        torch.empty_like(tensor) if tensor is not None and needed else hidden_states.new_empty(0)
-        for tensor, needed in zip(tensors, wanted, strict=True)
-    )
+    return empty_gradients(args[6], args[7:11], args[-1], weight_grad is None)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -10,7 +10,7 @@ from fastrl_kernels.running_softmax import logit_gradient, merge_sums
 from fastrl_kernels.token_loss.kernel import token_loss
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["count_ptr"])
 def fix_up_kernel(
     sums_ptr, logits_ptr, gradients_ptr, row_ids_ptr, count_ptr, target_ids_ptr, temperatures_ptr,
     advantages_ptr, weights_ptr, old_logps_ptr, ref_logps_ptr, rollout_weights_ptr, values_ptr,
@@ -73,7 +73,7 @@ def fix_up_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["count_ptr"])
 def gradients_kernel(
     logits_ptr, gradients_ptr, row_ids_ptr, count_ptr, target_ids_ptr, temperatures_ptr,
     slopes_ptr, entropy_slopes_ptr, logps_ptr, entropies_ptr, lse_ptr, residuals_ptr, unit_ptr,

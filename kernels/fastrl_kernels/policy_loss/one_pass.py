@@ -103,7 +103,7 @@ def one_pass(
 
 def empty_sums(inputs: Inputs, needs_grad: list[bool]) -> Gradients:
     """Zeros for the gradients; wide for the head, and where float16 may be scaled later on."""
-    grads = empty_gradients(inputs, needs_grad)
+    grads = empty_gradients(inputs.hidden_states, inputs.head[:4], needs_grad)
     dtype = accumulation_dtype(inputs.hidden_states.dtype)
     first = 0 if inputs.hidden_states.dtype == torch.float16 else 1
     return Gradients._make([*grads[:first], *(grad.to(dtype) for grad in grads[first:])])

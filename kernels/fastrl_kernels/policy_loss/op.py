@@ -9,14 +9,10 @@ from fastrl_kernels.chunks import Inputs
 from fastrl_kernels.head import accumulation_dtype
 from fastrl_kernels.head_arguments import from_arguments
 from fastrl_kernels.implementation import on_device
-from fastrl_kernels.linear_logps.op import (
-    NUM_TRAINABLE,
-    check_values,
-    empty_gradients,
-    grad_buffer,
-)
+from fastrl_kernels.linear_logps.op import NUM_TRAINABLE, check_values, grad_buffer
 from fastrl_kernels.objectives import Objective, function_of
 from fastrl_kernels.policy_loss.one_pass import Tokens, one_pass
+from fastrl_kernels.sweep import empty_gradients
 
 
 @torch.library.custom_op("fastrl::policy_loss", mutates_args=())
@@ -40,6 +36,7 @@ def policy_loss_op(
     softcap: float | None,
     vocab_size: int | None,
     block_size: int | None,
+    num_rows: int | None,
     surrogate: str,
     hyper_parameters: list[float],
     regulariser: str | None,
@@ -55,7 +52,7 @@ def policy_loss_op(
     """The fields of `PolicyLoss`, then those of `Gradients`."""
     head = from_arguments(
         hidden_states, weight, bias, lora_a, lora_b, absmax, codebook, lora_scale, logit_scale,
-        softcap, vocab_size, block_size,
+        softcap, vocab_size, block_size, num_rows,
     )  # fmt: skip
     check_values(target_ids, temperatures, head.num_columns)
     penalty = None if regulariser is None else function_of(regulariser)
@@ -83,7 +80,7 @@ def policy_loss_op(
 def _(hidden_states: Tensor, *args: Any) -> tuple[Tensor, ...]:
     num_tokens, dtype = hidden_states.shape[0], accumulation_dtype(hidden_states.dtype)
     values = [hidden_states.new_empty(num_tokens, dtype=dtype) for _ in range(3)]
-    grads = empty_gradients((hidden_states, *args[:4]), hidden_states, args[-1])
+    grads = empty_gradients(hidden_states, args[:4], args[-1])
     return (
         hidden_states.new_empty((), dtype=dtype),
         *values,

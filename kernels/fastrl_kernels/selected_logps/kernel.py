@@ -9,7 +9,7 @@ import triton.language as tl
 from fastrl_kernels.running_softmax import logit_gradient, store_sums, transform_logits
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["count_ptr"])
 def stored_logits_kernel(
     logits_ptr, bias_ptr, row_ids_ptr, count_ptr, target_ids_ptr, temperatures_ptr, sums_ptr,
     num_rows, num_columns, logits_stride, logit_scale, softcap,
