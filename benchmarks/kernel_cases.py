@@ -99,6 +99,14 @@ def _product_cases(dtype: torch.dtype) -> list[Case]:
         ),
     ]  # fmt: skip
     if dtype != torch.float32:
+        # The adapter's first half: hidden states of all tokens, found by 64-bit row numbers.
+        adapted = {**hidden, "ACCUMULATE": False}
+        found.append(
+            Case(
+                f"adapted rows ({name})", f"{module}:hidden_gradients_kernel", adapted,
+                {**operands, "slots_ptr": "*i64"}, **threads,
+            )
+        )  # fmt: skip
         wide = product_blocks(torch.float32)
         adapter = {
             **weight, "BY_TOKEN": False, "BLOCK_V": wide.rows, "BLOCK_N": wide.columns,
