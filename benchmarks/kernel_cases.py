@@ -20,7 +20,7 @@ class Case(NamedTuple):
     constants: dict[str, Any]  # functions as "module:attribute"
     pointers: dict[str, str]  # of those that are not float32
     absent: tuple[str, ...] = ()  # pointers that are None
-    hyper: int = 0  # length of the tuple of hyper-parameters
+    parameters: tuple[str, ...] = ()  # of an objective
     num_warps: int = 4
     num_stages: int = 3
 
@@ -53,14 +53,14 @@ def _head_cases(dtype: torch.dtype) -> list[Case]:
                     f"logits ({what}{', stored' if stores else ''})",
                     "fastrl_kernels.linear_logps.kernel:logits_kernel",
                     {**constants, "STORE": stores}, pointers,
-                    absent if stores else (*absent, "logits_ptr"), 0, **blocks.threads,
+                    absent if stores else (*absent, "logits_ptr"), **blocks.threads,
                 )
             )  # fmt: skip
         found.append(
             Case(
                 f"slice gradients ({what})",
                 "fastrl_kernels.linear_logps.kernel:slice_gradients_kernel", constants,
-                {**pointers, "gradients_ptr": f"*{name}"}, absent, 0, **blocks.threads,
+                {**pointers, "gradients_ptr": f"*{name}"}, absent, **blocks.threads,
             )
         )  # fmt: skip
     return found
@@ -130,9 +130,8 @@ def _row_cases(dtype: torch.dtype) -> list[Case]:
     found = []
     for has_all in (False, True):
         fix_up = {
-            "SURROGATE": "fastrl_kernels.objectives:clipped_ratio",
-            "REGULARISER": "fastrl_kernels.objectives:k3" if has_all else None,
-            "HAS_OLD": has_all, "HAS_ROLLOUT": has_all, "HAS_SOFTCAP": has_all, "GRADIENTS": True,
+            **objective(has_all), "HAS_OLD": has_all, "HAS_REF": has_all, "HAS_ROLLOUT": has_all,
+            "HAS_SOFTCAP": has_all, "GRADIENTS": True,
             "DENSE": has_all, "IS_RAW": has_all, "BLOCK_SPLITS": 128, "BLOCK_V": block,
         }  # fmt: skip
         absent = () if has_all else ("old_logps_ptr", "ref_logps_ptr", "rollout_weights_ptr")
@@ -140,7 +139,7 @@ def _row_cases(dtype: torch.dtype) -> list[Case]:
             Case(
                 f"fix-up ({name}{', everything' if has_all else ''})",
                 "fastrl_kernels.policy_loss.kernel:fix_up_kernel", fix_up,
-                {"gradients_ptr": f"*{name}"}, absent, 2, num_warps=warps,
+                {"gradients_ptr": f"*{name}"}, absent, parameters(has_all), num_warps=warps,
             )
         )  # fmt: skip
     if dtype != torch.float32:
@@ -175,7 +174,26 @@ def _row_cases(dtype: torch.dtype) -> list[Case]:
     return found
 
 
+def objective(has_all: bool) -> dict[str, Any]:
+    """PPO-clip; with two penalties, and with bounds and coefficients for each token."""
+    regularisers = ("fastrl_kernels.objectives:k3", "fastrl_kernels.objectives:k2")
+    return {
+        "SURROGATE": "fastrl_kernels.objectives:clipped_ratio",
+        "REGULARISERS": regularisers if has_all else (),
+        "INPUTS": (0, 0) if has_all else (),
+        "STRIDES": (1, 1, -1, 0, -1) if has_all else (-1, -1, -1),
+        "OFFSETS": (2, 3, 4) if has_all else (2,),
+    }
+
+
+def parameters(has_all: bool) -> tuple[str, ...]:
+    """Types of what `objective` takes, and of the weight of the entropy."""
+    return ("*fp32", "*fp32", "fp32", "*fp32", "fp32") if has_all else ("fp32",) * 3
+
+
 def _shared_cases() -> list[Case]:
+    from fastrl_kernels.token_loss.op import BLOCK, SUMS
+
     return [
         Case(
             "statistics", "fastrl_kernels.linear_logps.kernel:statistics_kernel",
@@ -188,10 +206,9 @@ def _shared_cases() -> list[Case]:
         Case(
             "token loss", "fastrl_kernels.token_loss.kernel:token_losses_kernel",
             {
-                "SURROGATE": "fastrl_kernels.objectives:clipped_ratio",
-                "REGULARISER": "fastrl_kernels.objectives:k3", "HAS_OLD": True,
-                "HAS_REF": True, "HAS_ROLLOUT": True, "BLOCK": 1024,
+                **objective(True), "HAS_OLD": True, "HAS_REF": True, "HAS_ROLLOUT": True,
+                "BLOCK": BLOCK, "NUM_SUMS": len(SUMS),
             },
-            {}, hyper=2,
+            {}, parameters=parameters(True),
         ),
     ]  # fmt: skip

@@ -29,7 +29,7 @@ POINTERS = {
     "row_ids_ptr": "*i64", "target_ids_ptr": "*i64", "argmax_ids_ptr": "*i64", "slots_ptr": "*i32",
     "count_ptr": "*i32", "active_count_ptr": "*i32", "clipped_ptr": "*i1",
 }  # fmt: skip
-FLOATS = ("lora_scale", "logit_scale", "softcap", "scale", "beta", "entropy_coef")
+FLOATS = ("lora_scale", "logit_scale", "softcap", "scale")
 
 
 def load(name: Any) -> Any:
@@ -38,6 +38,16 @@ def load(name: Any) -> Any:
         return name
     module, attribute = name.split(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def constant(value: Any) -> Any:
+    """A compile-time argument: functions of objectives become device functions."""
+    import triton
+
+    if isinstance(value, tuple):
+        return tuple(constant(item) for item in value)
+    found = load(value)
+    return triton.jit(found) if callable(found) else found
 
 
 def compile_case(case: Case, arch: int) -> dict[str, Any]:
@@ -53,12 +63,11 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
     for index, name in enumerate(kernel.arg_names):
         if name in case.constants:
             signature[name] = "constexpr"
-            value = load(case.constants[name])
-            constants[index,] = triton.jit(value) if callable(value) else value
+            constants[index,] = constant(case.constants[name])
         elif name in case.absent:
             signature[name], constants[index,] = "constexpr", None
-        elif name == "hyper":
-            signature[name] = ("fp32",) * case.hyper
+        elif name == "parameters":
+            signature[name] = case.parameters
         elif name in FLOATS:
             signature[name] = "fp32"
         elif name.endswith("_ptr"):

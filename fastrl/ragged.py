@@ -11,6 +11,8 @@ from torch import Tensor
 
 def sums(values: Tensor, index: Tensor, num_owners: int) -> Tensor:
     """(num_owners,) sums of the values of each owner, the same bits on every run; 0 for none."""
+    if num_owners == 0:
+        return values.new_zeros(0)
     order = torch.argsort(index, stable=True)
     counts = torch.bincount(index, minlength=num_owners)
     return torch.segment_reduce(values[order], "sum", lengths=counts, initial=0)

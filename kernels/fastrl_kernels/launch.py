@@ -15,6 +15,9 @@ from fastrl_kernels import running_softmax
 from fastrl_kernels.chunks import Inputs
 from fastrl_kernels.head import LMHead, weight_rows
 from fastrl_kernels.implementation import interprets_triton
+from fastrl_kernels.objectives import Objective, Parameter
+from fastrl_kernels.objectives.arguments import kernel_parameters
+from fastrl_kernels.objectives.objective import REGULARISER_INPUTS
 from fastrl_kernels.products import HALF
 
 NUM_SUMS = running_softmax.NUM_SUMS.value
@@ -181,6 +184,21 @@ def product_arguments(
         **blocks.threads,
     }
     return runtime, constants
+
+
+def objective_arguments(
+    objective: Objective, entropy_coef: Parameter, num_tokens: int
+) -> tuple[tuple[Parameter, ...], dict[str, Any]]:
+    """Parameters and constants of the kernels that evaluate an objective."""
+    parameters, strides, offsets = kernel_parameters(objective, entropy_coef, num_tokens)
+    regularisers = objective.active_regularisers
+    return parameters, {
+        "SURROGATE": kernel_function(objective.surrogate),
+        "REGULARISERS": tuple(kernel_function(item.function) for item in regularisers),
+        "INPUTS": tuple(REGULARISER_INPUTS.index(item.inputs) for item in regularisers),
+        "STRIDES": strides,
+        "OFFSETS": offsets,
+    }
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastrl_kernels.head import LMHead
 from fastrl_kernels.linear_logps import LinearLogps, linear_logps
-from fastrl_kernels.objectives import Objective
+from fastrl_kernels.objectives import Objective, Parameter
 from fastrl_kernels.policy_loss import PolicyLoss, policy_loss
 
 
@@ -36,7 +36,7 @@ class FusedLinearPolicyLoss(nn.Module):
     """`policy_loss` with its objective and settings kept."""
 
     def __init__(
-        self, objective: Objective, *, temperature: float = 1.0, entropy_coef: float = 0.0,
+        self, objective: Objective, *, temperature: float = 1.0, entropy_coef: Parameter = 0.0,
         workspace_mb: float = 256, engine: str = "auto", batch_invariant: bool = False,
         accumulate_grad: bool = False, implementation: str = "auto",
     ) -> None:  # fmt: skip

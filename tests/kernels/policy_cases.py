@@ -14,14 +14,14 @@ from torch import Tensor
 
 from fastrl_kernels import LMHead, PolicyLoss, policy_loss
 from fastrl_kernels.nf4 import NF4Weight
-from fastrl_kernels.objectives import Objective, clipped_ratio, k3
+from fastrl_kernels.objectives import Objective, Regulariser, clipped_ratio, k3
 
 S, D, V, R = 39, 19, 123, 3  # of which 31 count, so that chunks are ragged
 PADDING = 6
 SMALL = 0.12  # MiB: a few rows a chunk, several slices of the vocabulary
 ENGINES = ("one_pass", "min_memory")
 LOW, HIGH, BETA, ENTROPY_COEF = 0.2, 0.28, 0.07, 0.03
-OBJECTIVE = Objective(clipped_ratio, (LOW, HIGH), k3, BETA)
+OBJECTIVE = Objective(clipped_ratio, (LOW, HIGH), (Regulariser(k3, BETA),))
 TENSORS = ("hidden_states", "weight", "bias", "lora_a", "lora_b")
 
 
@@ -148,9 +148,9 @@ def transcribe(
         stopped = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
         if case.rollout_weights is not None:
             values = values * case.rollout_weights[kept]
-        if objective.beta and case.ref_logps is not None:
+        if objective.regularisers and case.ref_logps is not None:
             delta = case.ref_logps[kept] - logps
-            values = values + objective.beta * (delta.exp() - delta - 1)
+            values = values + BETA * (delta.exp() - delta - 1)
         return case.token_weights[kept] * values, stopped
 
     values, stopped = losses(logps)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fastrl_kernels import LMHead, implementation, policy_loss
-from fastrl_kernels.objectives import Objective, clipped_ratio, k3
+from fastrl_kernels.objectives import Objective, Regulariser, clipped_ratio, k3
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -92,7 +92,7 @@ def test_no_number_builds_another_kernel(
     launches: Callable[..., set[str]], engine: dict[str, str]
 ) -> None:
     def objective(epsilon: float, beta: float) -> Objective:
-        return Objective(clipped_ratio, (epsilon, epsilon), k3, beta)
+        return Objective(clipped_ratio, (epsilon, epsilon), (Regulariser(k3, beta),))
 
     built = launches(37, **engine, objective=objective(0.2, 0.1), entropy_coef=0.5, temperature=2.0)
     others = launches(

@@ -15,7 +15,7 @@ from fastrl_kernels import (
     selected_logps,
     token_loss,
 )
-from fastrl_kernels.objectives import Objective, clipped_ratio, k3
+from fastrl_kernels.objectives import Objective, Regulariser, clipped_ratio, k3
 from fastrl_kernels.policy_loss import policy_loss_reference
 from fastrl_kernels.selected_logps import selected_logps_reference
 from fastrl_kernels.token_loss import token_loss_reference
@@ -84,7 +84,8 @@ def test_policy_loss_against_float64(dtype, engine, products, extras):
     if dtype == torch.float16 and products == "cublas":
         pytest.skip("float16 gradients need the units of the gathered products")
     hidden, head, tensors = make_case(515, 5003, 200, dtype, extras=extras)
-    settings = {"objective": Objective(clipped_ratio, (0.2, 0.28), k3, 0.04), "entropy_coef": 0.01}
+    objective = Objective(clipped_ratio, (0.2, 0.28), (Regulariser(k3, 0.04),))
+    settings = {"objective": objective, "entropy_coef": 0.01}
     wide, wide_head = copied(hidden, head, torch.float64)
     truth = policy_loss_reference(wide, wide_head, **tensors, **settings)
     expected = torch.autograd.grad(truth.loss, leaves(wide, wide_head))

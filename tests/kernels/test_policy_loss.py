@@ -240,7 +240,7 @@ def test_constants_that_are_left_out(engine: str, missing: tuple[bool, bool, boo
     case = case._replace(
         **{name: None for name, is_missing in zip(names, missing, strict=True) if is_missing}
     )
-    objective = OBJECTIVE if case.ref_logps is not None else OBJECTIVE._replace(beta=0.0)
+    objective = OBJECTIVE if case.ref_logps is not None else OBJECTIVE._replace(regularisers=())
     for entropy_coef in (0.0, 0.3):
         formula = {"objective": objective, "entropy_coef": entropy_coef}
         check(case, formula, engine=engine, workspace_mb=SMALL)

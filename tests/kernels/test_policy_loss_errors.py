@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels import LMHead, policy_loss
-from fastrl_kernels.objectives import Objective, clipped_ratio, importance_ratio, k3
+from fastrl_kernels.objectives import Objective, Regulariser, clipped_ratio, importance_ratio, k3
 from tests.kernels.policy_cases import ENGINES, Case, D, R, S, V, make_case, run
 
 WIDE = torch.float64
@@ -56,13 +56,19 @@ def arguments_of(case: Case) -> dict[str, Any]:
         ({"rollout_weights": torch.zeros(1, dtype=WIDE)}, "rollout_weights"),
         ({"objective": "clipped_ratio"}, r"did you mean Objective\(clipped_ratio"),
         ({"objective": "clip_ratio"}, r"did you mean Objective\(clipped_ratio"),
-        ({"objective": "ppo"}, "policy_gradient, importance_ratio"),
+        ({"objective": "ppo"}, "there are the surrogates policy_gradient, "),
         ({"objective": clipped_ratio}, "objective must be"),
         ({"objective": None}, "objective must be"),
-        ({"objective": Objective(importance_ratio, (), k3, 0.1), "ref_logps": None}, "ref_logps"),
         (
             {
-                "objective": Objective(importance_ratio, (), k3, 0.1),
+                "objective": Objective(importance_ratio, (), (Regulariser(k3, 0.1),)),
+                "ref_logps": None,
+            },
+            "ref_logps",
+        ),
+        (
+            {
+                "objective": Objective(importance_ratio, (), (Regulariser(k3, 0.1),)),
                 "ref_logps": torch.zeros(S - 1, dtype=WIDE),
             },
             "ref_logps",
@@ -131,8 +137,9 @@ def test_a_surrogate_without_a_module_to_find_it_in(engine: str, surrogate: Any)
     case.hidden_states.requires_grad_()
     with pytest.raises(ValueError, match="top level"):
         run(case, engine=engine, objective=Objective(surrogate))
+    regularisers = (Regulariser(surrogate, 0.1),)
     with pytest.raises(ValueError, match="top level"):
-        run(case, engine=engine, objective=Objective(importance_ratio, (), surrogate, 0.1))
+        run(case, engine=engine, objective=Objective(importance_ratio, (), regularisers))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

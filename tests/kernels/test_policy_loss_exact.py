@@ -199,7 +199,7 @@ def test_objective_of_the_clip_at_its_edge() -> None:
     """A ratio of exactly 1 is inside bounds of exactly 1; see also test_objectives.py."""
     case = make_case(6)._replace(old_logps=None)
     for low, high in ((0.0, 0.0), (0.2, 0.0), (0.0, 0.28)):
-        objective = OBJECTIVE._replace(hyper_parameters=(low, high), beta=0.0)
+        objective = OBJECTIVE._replace(hyper_parameters=(low, high), regularisers=())
         for engine in ENGINES:
             out = run(case, engine=engine, objective=objective)
             assert torch.equal(out.slopes, on_policy_slopes(case))

@@ -14,13 +14,14 @@ from fastrl_kernels import LMHead, policy_loss
 from fastrl_kernels.head_arguments import NUM_TENSORS, to_arguments
 from fastrl_kernels.objectives import (
     Objective,
+    Regulariser,
     clipped_ratio,
     importance_ratio,
     k3,
-    name_of,
     policy_gradient,
     tl,
 )
+from fastrl_kernels.objectives.arguments import to_arguments as objective_to_arguments
 from fastrl_kernels.policy_loss.op import policy_loss_op
 from tests.kernels.policy_cases import (
     ENGINES,
@@ -39,12 +40,10 @@ def op_arguments(case: Case, objective: Objective, needs_grad: list[bool]) -> tu
     arguments = to_arguments(case.head)
     tokens = (case.advantages, case.token_weights, case.old_logps, case.ref_logps)
     constants = [x if x is None else x.float() for x in (*tokens, case.rollout_weights)]
-    regulariser = objective.regulariser
     return (
         case.hidden_states, *arguments[:NUM_TENSORS], case.target_ids,
         torch.full(case.target_ids.shape, 0.7), *constants, *arguments[NUM_TENSORS:],
-        name_of(objective.surrogate), list(objective.hyper_parameters),
-        None if regulariser is None else name_of(regulariser), objective.beta, 0.1, 1.0, False,
+        *objective_to_arguments(objective, 0.1, torch.float32, torch.device("cpu")), 1.0, False,
         False, "torch", "auto", needs_grad,
     )  # fmt: skip
 
@@ -107,7 +106,7 @@ def call(case: Case, epsilon: float, temperature: float, engine: str) -> Tensor:
     """A loss whose length, bounds and temperature change from call to call."""
     return policy_loss(
         case.hidden_states * 2, case.head, case.target_ids, case.advantages, case.token_weights,
-        objective=Objective(clipped_ratio, (epsilon, 2 * epsilon), k3, 0.1),
+        objective=Objective(clipped_ratio, (epsilon, 2 * epsilon), (Regulariser(k3, 0.1),)),
         old_logps=case.old_logps, ref_logps=case.ref_logps, temperature=temperature,
         entropy_coef=0.1, engine=engine,
     ).loss  # fmt: skip
@@ -166,7 +165,7 @@ def own_penalty(logp, ref_logp):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("engine", ENGINES)
 def test_objective_of_the_callers_own(engine: str) -> None:
     case = make_case(5)
-    objective = Objective(own_surrogate, (0.5,), own_penalty, 0.2)
+    objective = Objective(own_surrogate, (0.5,), (Regulariser(own_penalty, 0.2),))
     out, grads = loss_and_gradients(case, engine=engine, objective=objective, entropy_coef=0.0)
     leaves = case.leaves()
     kept = (case.target_ids >= 0) & (case.token_weights != 0)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels import TokenLoss, token_loss
-from fastrl_kernels.objectives import Objective, clipped_ratio, k3
+from fastrl_kernels.objectives import Objective, Regulariser, clipped_ratio, k3
 
 S = 257
-CLIP = Objective(clipped_ratio, (0.2, 0.28), k3, 0.07)
+CLIP = Objective(clipped_ratio, (0.2, 0.28), (Regulariser(k3, 0.07),))
 
 
 class Tokens(NamedTuple):

@@ -16,7 +16,8 @@ from fastrl_kernels.head_arguments import NUM_TENSORS, to_arguments
 from fastrl_kernels.implementation import check_finite, choose_implementation
 from fastrl_kernels.linear_logps import check_accumulation, linear_logps
 from fastrl_kernels.linear_logps.op import NUM_TRAINABLE
-from fastrl_kernels.objectives import Objective, check_objective, check_per_token, name_of
+from fastrl_kernels.objectives import Objective, Parameter, check_objective, check_per_token
+from fastrl_kernels.objectives.arguments import to_arguments as objective_to_arguments
 from fastrl_kernels.plan import explain
 from fastrl_kernels.policy_loss.one_pass import Tokens, check_products
 from fastrl_kernels.policy_loss.op import policy_loss_op
@@ -38,7 +39,7 @@ def policy_loss(
     ref_logps: Tensor | None = None,
     rollout_weights: Tensor | None = None,
     temperature: float | Tensor = 1.0,
-    entropy_coef: float = 0.0,
+    entropy_coef: Parameter = 0.0,
     workspace_mb: float = 256,
     engine: str = "auto",
     batch_invariant: bool = False,
@@ -52,7 +53,8 @@ def policy_loss(
     hidden_states, lm_head, target_ids, temperature, workspace_mb, batch_invariant: as in
     `linear_logps`. advantages, token_weights, old_logps, ref_logps, rollout_weights: (S,) floating
     point constants. token_weights carry all averaging and masking; a row of weight 0 is ignored.
-    Without old_logps the policy is its own old policy, and every ratio is exactly 1.
+    Without old_logps the policy is its own old policy, and every ratio is exactly 1. entropy_coef:
+    a number, or a tensor as a parameter of the objective may be.
 
     engine: "one_pass" makes the gradients while the logits are there and gives them away in one
     backward; "min_memory" makes the logits again in backward; "auto" asks `explain`.
@@ -64,13 +66,13 @@ def policy_loss(
     implementation = choose_implementation(implementation, hidden_states)
     head = as_lm_head(lm_head)
     check_inputs(hidden_states, head, target_ids)
-    check_objective(objective, ref_logps)
+    check_objective(objective, ref_logps, target_ids)
     dtype = accumulation_dtype(hidden_states.dtype)
     given = {
         "advantages": advantages,
         "token_weights": token_weights,
         "old_logps": old_logps,
-        "ref_logps": ref_logps if objective.is_regularised else None,
+        "ref_logps": ref_logps if objective.needs_ref_logps else None,
         "rollout_weights": rollout_weights,
     }
     for name, tensor in given.items():
@@ -99,7 +101,7 @@ class Settings(NamedTuple):
     """How one call runs, apart from its tensors."""
 
     temperature: float | Tensor
-    entropy_coef: float
+    entropy_coef: Parameter
     workspace_mb: float
     batch_invariant: bool
     accumulate_grad: bool
@@ -117,13 +119,13 @@ def _one_pass(
         torch.is_grad_enabled() and isinstance(tensor, Tensor) and tensor.requires_grad
         for tensor in trainable
     ]
-    regulariser = objective.regulariser if objective.is_regularised else None
+    dtype = accumulation_dtype(hidden_states.dtype)
     outputs = policy_loss_op(
         hidden_states, *arguments[:NUM_TENSORS], target_ids,
         per_token_temperature(settings.temperature, hidden_states), *tokens,
-        *arguments[NUM_TENSORS:], name_of(objective.surrogate), list(objective.hyper_parameters),
-        None if regulariser is None else name_of(regulariser), objective.beta,
-        settings.entropy_coef, settings.workspace_mb, settings.batch_invariant,
+        *arguments[NUM_TENSORS:],
+        *objective_to_arguments(objective, settings.entropy_coef, dtype, hidden_states.device),
+        settings.workspace_mb, settings.batch_invariant,
         settings.accumulate_grad, settings.implementation, settings.products, needs_grad,
     )  # fmt: skip
     return PolicyLoss._make(outputs[: len(PolicyLoss._fields)])

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastrl_kernels.running_softmax import logit_gradient, merge_sums
-from fastrl_kernels.token_loss.kernel import token_loss
+from fastrl_kernels.token_loss.kernel import load_or, token_loss
 
 
 @triton.jit(do_not_specialize_on_alignment=["count_ptr"])
@@ -15,10 +15,10 @@ def fix_up_kernel(
     sums_ptr, logits_ptr, gradients_ptr, row_ids_ptr, count_ptr, target_ids_ptr, temperatures_ptr,
     advantages_ptr, weights_ptr, old_logps_ptr, ref_logps_ptr, rollout_weights_ptr, values_ptr,
     logps_ptr, entropies_ptr, lse_ptr, residuals_ptr, slopes_ptr, entropy_slopes_ptr, clipped_ptr,
-    hyper, beta,
-    entropy_coef, num_rows, num_splits, num_columns, logits_stride, gradients_stride, logit_scale,
+    parameters, num_rows, num_splits, num_columns, logits_stride, gradients_stride, logit_scale,
     softcap,
-    SURROGATE: tl.constexpr, REGULARISER: tl.constexpr, HAS_OLD: tl.constexpr,
+    SURROGATE: tl.constexpr, REGULARISERS: tl.constexpr, INPUTS: tl.constexpr,
+    STRIDES: tl.constexpr, OFFSETS: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_ROLLOUT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GRADIENTS: tl.constexpr,
     DENSE: tl.constexpr, IS_RAW: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -38,18 +38,12 @@ def fix_up_kernel(
         logp, entropy, lse, _sum_p2, _sum_p3, _top, residual = merge_sums(
             sums_ptr, slot, num_rows, num_splits, BLOCK_SPLITS
         )
-        old_logp = logp
-        if HAS_OLD:
-            old_logp = tl.load(old_logps_ptr + token)
-        ref_logp = logp
-        if REGULARISER is not None:
-            ref_logp = tl.load(ref_logps_ptr + token)
-        rollout_weight = 1.0
-        if HAS_ROLLOUT:
-            rollout_weight = tl.load(rollout_weights_ptr + token)
-        value, slope, clipped = token_loss(
-            logp, old_logp, ref_logp, tl.load(advantages_ptr + token), rollout_weight, hyper, beta,
-            SURROGATE, REGULARISER,
+        old_logp = load_or(old_logps_ptr, token, True, logp, HAS_OLD)
+        ref_logp = load_or(ref_logps_ptr, token, True, logp, HAS_REF)
+        rollout_weight = load_or(rollout_weights_ptr, token, True, 1.0, HAS_ROLLOUT)
+        value, slope, clipped, entropy_coef = token_loss(
+            logp, old_logp, ref_logp, tl.load(advantages_ptr + token), rollout_weight, parameters,
+            token, True, SURROGATE, REGULARISERS, INPUTS, STRIDES, OFFSETS,
         )  # fmt: skip
         weight = tl.load(weights_ptr + token)
         slope *= weight

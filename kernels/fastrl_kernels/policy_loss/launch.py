@@ -22,7 +22,7 @@ from fastrl_kernels.launch import (
     NUM_SUMS,
     Rows,
     cdiv,
-    kernel_function,
+    objective_arguments,
     parts,
     power_of_2,
     product_blocks,
@@ -33,7 +33,8 @@ from fastrl_kernels.launch import (
 )
 from fastrl_kernels.linear_logps.launch import dense_inputs, write_sums
 from fastrl_kernels.linear_logps.launch_backward import add_head_gradients, finish_hidden
-from fastrl_kernels.objectives import Objective
+from fastrl_kernels.objectives import Objective, Parameter
+from fastrl_kernels.objectives.objective import is_zero
 from fastrl_kernels.plan import MIB, Plan, make_plan, shape_of
 from fastrl_kernels.policy_loss.kernel import fix_up_kernel, gradients_kernel
 from fastrl_kernels.policy_loss.one_pass import Losses, Tokens, empty_losses, empty_sums
@@ -55,7 +56,7 @@ def products_for(products: str, dtype: torch.dtype) -> str:
 
 
 def one_pass(
-    inputs: Inputs, tokens: Tokens, objective: Objective, entropy_coef: float, *,
+    inputs: Inputs, tokens: Tokens, objective: Objective, entropy_coef: Parameter, *,
     needs_grad: list[bool], workspace_mb: float, products: str = "auto",
 ) -> tuple[PolicyLoss, Gradients]:  # fmt: skip
     """As `one_pass.one_pass`, without waiting for the device."""
@@ -94,7 +95,7 @@ class _Run(NamedTuple):
     inputs: Inputs
     tokens: Tokens
     objective: Objective
-    entropy_coef: float
+    entropy_coef: Parameter
     plan: Plan
     sums: Gradients
     out: Losses
@@ -155,7 +156,8 @@ class _Run(NamedTuple):
     ) -> None:
         """Statistics to losses and slopes; logits to their gradients."""
         inputs, tokens, out = self.inputs, self.tokens, self.out
-        regulariser = self.objective.regulariser if self.objective.is_regularised else None
+        num_tokens = inputs.hidden_states.shape[0]
+        parameters, constants = objective_arguments(self.objective, self.entropy_coef, num_tokens)
         fix_up_kernel[(rows.ids.shape[0],)](
             sums, logits, gradients, rows.ids, rows.num_rows, inputs.target_ids,
             inputs.temperatures,
@@ -163,13 +165,11 @@ class _Run(NamedTuple):
             tokens.rollout_weights, out.values, out.logps, out.entropies, self.lse,
             self.residuals, out.slopes,
             self.entropy_slopes, out.clipped,
-            tuple(float(x) for x in self.objective.hyper_parameters), float(self.objective.beta),
-            float(self.entropy_coef), sums.shape[2], sums.shape[0], logits.shape[1],
+            parameters, sums.shape[2], sums.shape[0], logits.shape[1],
             logits.stride(0), gradients.stride(0), float(inputs.head.logit_scale),
             float(inputs.head.softcap or 1.0),
-            SURROGATE=kernel_function(self.objective.surrogate),
-            REGULARISER=None if regulariser is None else kernel_function(regulariser),
-            HAS_OLD=tokens.old_logps is not None, HAS_ROLLOUT=tokens.rollout_weights is not None,
+            **constants, HAS_OLD=tokens.old_logps is not None,
+            HAS_REF=tokens.ref_logps is not None, HAS_ROLLOUT=tokens.rollout_weights is not None,
             HAS_SOFTCAP=inputs.head.softcap is not None, GRADIENTS=wants_gradients,
             DENSE=self.is_dense, IS_RAW=self.is_dense and not _is_rewritten(inputs.head),
             BLOCK_SPLITS=power_of_2(sums.shape[0]), **row_block(),
@@ -190,7 +190,7 @@ class _Run(NamedTuple):
     def gathered_gradients(self, rows: Rows, gradients: Tensor, unit: Tensor) -> None:
         """Take the rows with a gradient through the products."""
         inputs, head = self.inputs, self.inputs.head
-        entropy_slopes = self.entropy_slopes if self.entropy_coef != 0.0 else None
+        entropy_slopes = None if is_zero(self.entropy_coef) else self.entropy_slopes
         slots, count = active_slots(rows.ids, rows.num_rows, self.out.slopes, entropy_slopes)
         adapted = adapted_rows(inputs, rows)
         hidden_sum = adapted_sum = None

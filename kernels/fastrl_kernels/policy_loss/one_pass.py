@@ -26,7 +26,8 @@ from fastrl_kernels.chunks import (
     worthwhile_rows,
 )
 from fastrl_kernels.head import accumulation_dtype
-from fastrl_kernels.objectives import Objective, evaluate
+from fastrl_kernels.objectives import Objective, Parameter, evaluate
+from fastrl_kernels.objectives.objective import is_zero, rows_of
 from fastrl_kernels.plan import MIB, Plan, make_plan, shape_of
 from fastrl_kernels.policy_loss.reference import PolicyLoss
 from fastrl_kernels.sweep import Gradients, add_head_gradients, empty_gradients, head_sums
@@ -65,7 +66,7 @@ class Losses(NamedTuple):
 
 
 def one_pass(
-    inputs: Inputs, tokens: Tokens, objective: Objective, entropy_coef: float, *,
+    inputs: Inputs, tokens: Tokens, objective: Objective, entropy_coef: Parameter, *,
     needs_grad: list[bool], workspace_mb: float, batch_invariant: bool,
 ) -> tuple[PolicyLoss, Gradients]:  # fmt: skip
     """The loss and the gradients of it; `needs_grad` in the order of `Gradients`.
@@ -77,6 +78,7 @@ def one_pass(
     plan = make_plan(
         "one_pass" if any(needs_grad) else "forward", shape, workspace, batch_invariant
     )
+    num_tokens = inputs.hidden_states.shape[0]
     out = empty_losses(inputs)
     sums = empty_sums(inputs, needs_grad)
     row_ids = worthwhile_rows((inputs.target_ids >= 0) & (tokens.weights != 0))
@@ -89,11 +91,14 @@ def one_pass(
         fill_logits(probs, chunk, inputs, plan.columns, padded=batch_invariant)
         softmax = softmax_(probs, chunk.target_ids, wants_argmax=False)
         entropies = entropy(probs, plan.columns)
-        losses = _losses(chunk, softmax, entropies, tokens, objective, entropy_coef)
+        coefficient = rows_of(entropy_coef, ids, num_tokens)
+        losses = _losses(
+            chunk, softmax, entropies, tokens, objective.rows(ids, num_tokens), coefficient
+        )
         for column, value in zip(out, losses, strict=True):
             column[ids[:num_rows]] = value[:num_rows]
         if any(needs_grad):
-            slopes = _slopes(losses, softmax, tokens.weights[ids], entropy_coef, chunk)
+            slopes = _slopes(losses, softmax, tokens.weights[ids], coefficient, chunk)
             if not batch_invariant and not probs.is_cuda:
                 probs, chunk, slopes, softmax = _keep_active(probs, chunk, slopes, softmax)
             _add_chunk(probs, chunk, slopes, softmax, inputs, plan, sums, batch_invariant)
@@ -119,7 +124,7 @@ def empty_losses(inputs: Inputs) -> Losses:
 
 def _losses(
     chunk: Chunk, softmax: Softmax, entropies: Tensor, tokens: Tokens, objective: Objective,
-    entropy_coef: float,
+    entropy_coef: Parameter,
 ) -> Losses:  # fmt: skip
     ids, logps = chunk.row_ids, softmax.logps[:, 0]
     token_losses = evaluate(
@@ -142,10 +147,10 @@ def _losses(
 
 
 def _slopes(
-    losses: Losses, softmax: Softmax, weights: Tensor, entropy_coef: float, chunk: Chunk
+    losses: Losses, softmax: Softmax, weights: Tensor, entropy_coef: Parameter, chunk: Chunk
 ) -> Slopes:
     entropy_slope = None
-    if entropy_coef != 0.0:
+    if not is_zero(entropy_coef):
         entropy_slope = (-entropy_coef * weights).masked_fill_(chunk.ignored, 0)[:, None]
     return Slopes(losses.slopes[:, None], entropy_slope, losses.entropies[:, None], softmax.lse)
 

@@ -10,7 +10,8 @@ from fastrl_kernels.head import accumulation_dtype
 from fastrl_kernels.head_arguments import from_arguments
 from fastrl_kernels.implementation import on_device
 from fastrl_kernels.linear_logps.op import NUM_TRAINABLE, check_values, grad_buffer
-from fastrl_kernels.objectives import Objective, function_of
+from fastrl_kernels.objectives.arguments import from_arguments as objective_from_arguments
+from fastrl_kernels.objectives.arguments import no_gradients
 from fastrl_kernels.policy_loss.one_pass import Tokens, one_pass
 from fastrl_kernels.sweep import empty_gradients
 
@@ -37,11 +38,10 @@ def policy_loss_op(
     vocab_size: int | None,
     block_size: int | None,
     num_rows: int | None,
-    surrogate: str,
-    hyper_parameters: list[float],
-    regulariser: str | None,
-    beta: float,
-    entropy_coef: float,
+    functions: str,
+    counts: list[int],
+    numbers: list[float],
+    tensors: list[Tensor],
     workspace_mb: float,
     batch_invariant: bool,
     accumulate_grad: bool,
@@ -55,8 +55,7 @@ def policy_loss_op(
         softcap, vocab_size, block_size, num_rows,
     )  # fmt: skip
     check_values(target_ids, temperatures, head.num_columns)
-    penalty = None if regulariser is None else function_of(regulariser)
-    objective = Objective(function_of(surrogate), tuple(hyper_parameters), penalty, beta)
+    objective, entropy_coef = objective_from_arguments(functions, counts, numbers, tensors)
     inputs = Inputs(hidden_states, head, target_ids, temperatures)
     tokens = Tokens(advantages, token_weights, old_logps, ref_logps, rollout_weights)
     # Autocast would round the float32 operands of every product to half precision.
@@ -92,7 +91,7 @@ def _(hidden_states: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *_, ctx.accumulates, _implementation, _products, ctx.needs_grad = inputs
-    ctx.num_inputs = len(inputs)
+    ctx.nothing = no_gradients(inputs)
     ctx.consumed = False
     # The gradients were made for the call's own flags, which autograd's own may fall short of.
     ctx.dtypes = [tensor.dtype if tensor is not None else None for tensor in inputs[:NUM_TRAINABLE]]
@@ -103,9 +102,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * ctx.num_inputs
     if grad_loss is None:
-        return nothing
+        return tuple(ctx.nothing)
     if ctx.consumed:
         raise RuntimeError(
             "policy_loss gives its gradients once, and scales them in place; call it again, or use "
@@ -122,7 +120,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
             results.append(None)
         else:
             results.append(grad.mul_(grad_loss).to(ctx.dtypes[index]))
-    return (*results, *nothing[NUM_TRAINABLE:])
+    return (*results, *ctx.nothing[NUM_TRAINABLE:])
 
 
 policy_loss_op.register_autograd(_backward, setup_context=_save_for_backward)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastrl_kernels.head import LMHead
 from fastrl_kernels.linear_logps.reference import linear_logps_reference
-from fastrl_kernels.objectives import Objective, evaluate
+from fastrl_kernels.objectives import Objective, Parameter, evaluate
 
 
 class PolicyLoss(NamedTuple):
@@ -43,7 +43,7 @@ def policy_loss_reference(
     ref_logps: Tensor | None = None,
     rollout_weights: Tensor | None = None,
     temperature: float | Tensor = 1.0,
-    entropy_coef: float = 0.0,
+    entropy_coef: Parameter = 0.0,
 ) -> PolicyLoss:
     """`policy_loss` from (S, V) logits, with the same arguments; autograd gives the gradients."""
     counted = token_weights != 0
@@ -64,7 +64,11 @@ def policy_loss_reference(
     slopes = torch.where(counted, tokens.slopes, 0)
     # The slope is the derivative of the value by construction, so a straight line through the value
     # carries both the exact loss and the exact gradient.
-    losses = values + slopes * (out.logps - logps) - entropy_coef * out.entropies
+    losses = (
+        values
+        + slopes * (out.logps - logps)
+        - torch.where(counted, entropy_coef * out.entropies, 0)
+    )
     return PolicyLoss(
         loss=(weights * losses).sum(),
         logps=logps,

@@ -5,41 +5,72 @@ import triton.language as tl
 
 
 @triton.jit
+def read_parameters(
+    parameters, token, mask, STRIDES: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr
+):
+    """Parameters FIRST to LAST of an objective for a token or a block of them, as a tuple."""
+    values = ()
+    for index in tl.static_range(FIRST, LAST):
+        if STRIDES[index] < 0:
+            values = values + (parameters[index],)
+        else:
+            values = values + (tl.load(parameters[index] + token * STRIDES[index], mask, 0.0),)
+    return values
+
+
+@triton.jit
+def load_or(ptr, token, mask, default, HAS_VALUES: tl.constexpr):
+    """Values of a token or a block of them; `default` where there is no tensor."""
+    values = default
+    if HAS_VALUES:
+        values = tl.load(ptr + token, mask, 0.0)
+    return values
+
+
+@triton.jit
 def token_loss(
-    logp, old_logp, ref_logp, advantage, rollout_weight, hyper, beta, SURROGATE: tl.constexpr,
-    REGULARISER: tl.constexpr,
+    logp, old_logp, ref_logp, advantage, rollout_weight, parameters, token, mask,
+    SURROGATE: tl.constexpr, REGULARISERS: tl.constexpr, INPUTS: tl.constexpr,
+    STRIDES: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """Loss, slope and whether the surrogate stopped the token; scalars or blocks alike."""
-    gain, gain_slope = SURROGATE(logp, old_logp, advantage, *hyper)
+    """Loss without the entropy, slope, whether the surrogate stopped the token, entropy_coef.
+
+    Scalars or blocks alike.
+    """
+    own = read_parameters(parameters, token, mask, STRIDES, 0, OFFSETS[0])
+    gain, gain_slope = SURROGATE(logp, old_logp, advantage, *own)
     clipped = (gain_slope == 0.0) & (advantage != 0.0)
     value = -rollout_weight * gain
     slope = -rollout_weight * gain_slope
-    if REGULARISER is not None:
-        penalty, penalty_slope = REGULARISER(logp, ref_logp)
-        value += beta * penalty
-        slope += beta * penalty_slope
-    return value, slope, clipped
+    for index in tl.static_range(len(REGULARISERS)):
+        own = read_parameters(parameters, token, mask, STRIDES, OFFSETS[index], OFFSETS[index + 1])
+        # The order is that of REGULARISER_INPUTS.
+        if INPUTS[index] == 0:
+            penalty, penalty_slope = REGULARISERS[index](logp, ref_logp, *own[1:])
+        elif INPUTS[index] == 1:
+            penalty, penalty_slope = REGULARISERS[index](logp, old_logp, *own[1:])
+        else:
+            penalty, penalty_slope = REGULARISERS[index](logp, old_logp, ref_logp, *own[1:])
+        value += own[0] * penalty
+        slope += own[0] * penalty_slope
+    entropy_coef = read_parameters(parameters, token, mask, STRIDES, len(STRIDES) - 1, len(STRIDES))
+    return value, slope, clipped, entropy_coef[0]
 
 
 @triton.jit
 def token_losses_kernel(
     logps_ptr, entropies_ptr, old_logps_ptr, ref_logps_ptr, rollout_weights_ptr, advantages_ptr,
-    weights_ptr, slopes_ptr, entropy_slopes_ptr, clipped_ptr, sums_ptr, hyper, beta, entropy_coef,
-    num_tokens,
-    SURROGATE: tl.constexpr, REGULARISER: tl.constexpr, HAS_OLD: tl.constexpr,
-    HAS_REF: tl.constexpr, HAS_ROLLOUT: tl.constexpr, BLOCK: tl.constexpr,
+    weights_ptr, slopes_ptr, entropy_slopes_ptr, clipped_ptr, sums_ptr, parameters, num_tokens,
+    SURROGATE: tl.constexpr, REGULARISERS: tl.constexpr, INPUTS: tl.constexpr,
+    STRIDES: tl.constexpr, OFFSETS: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
+    HAS_ROLLOUT: tl.constexpr, BLOCK: tl.constexpr, NUM_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """One program for all tokens: slopes of each, and the eight sums of `TokenSums`.
+    """One program for all tokens: slopes of each, the sums of `token_sums`, the largest log-ratio.
 
     A hundred thousand tokens are a few megabytes; a second launch would cost as much as the loop.
     """
-    loss_sum = tl.zeros([BLOCK], tl.float32)
-    count_sum = tl.zeros([BLOCK], tl.float32)
-    high_sum = tl.zeros([BLOCK], tl.float32)
-    low_sum = tl.zeros([BLOCK], tl.float32)
-    entropy_sum = tl.zeros([BLOCK], tl.float32)
-    old_kl_sum = tl.zeros([BLOCK], tl.float32)
-    ref_kl_sum = tl.zeros([BLOCK], tl.float32)
+    sums = zeros(NUM_SUMS, BLOCK)
+    largest = tl.zeros([BLOCK], tl.float32) - float("inf")
     for start in range(0, num_tokens, BLOCK):
         token = start + tl.arange(0, BLOCK)
         mask = token < num_tokens
@@ -48,41 +79,77 @@ def token_losses_kernel(
         logp = tl.load(logps_ptr + token, counts, 0.0)
         entropy = tl.load(entropies_ptr + token, counts, 0.0)
         advantage = tl.load(advantages_ptr + token, counts, 0.0)
-        old_logp = logp
-        if HAS_OLD:
-            old_logp = tl.load(old_logps_ptr + token, counts, 0.0)
-        ref_logp = logp
-        if HAS_REF:
-            ref_logp = tl.load(ref_logps_ptr + token, counts, 0.0)
-        rollout_weight = tl.zeros([BLOCK], tl.float32) + 1.0
-        if HAS_ROLLOUT:
-            rollout_weight = tl.load(rollout_weights_ptr + token, counts, 0.0)
-        value, slope, clipped = token_loss(
-            logp, old_logp, ref_logp, advantage, rollout_weight, hyper, beta, SURROGATE, REGULARISER
+        old_logp = load_or(old_logps_ptr, token, counts, logp, HAS_OLD)
+        ref_logp = load_or(ref_logps_ptr, token, counts, logp, HAS_REF)
+        rollout_weight = load_or(
+            rollout_weights_ptr, token, counts, counts.to(tl.float32), HAS_ROLLOUT
         )
+        value, slope, clipped, entropy_coef = token_loss(
+            logp, old_logp, ref_logp, advantage, rollout_weight, parameters, token, counts,
+            SURROGATE, REGULARISERS, INPUTS, STRIDES, OFFSETS,
+        )  # fmt: skip
         # A token without weight may hold anything, and 0 times NaN is NaN.
-        loss_sum += tl.where(counts, weight * (value - entropy_coef * entropy), 0.0)
+        value = tl.where(counts, weight * (value - entropy_coef * entropy), 0.0)
+        clipped = clipped & counts
         tl.store(slopes_ptr + token, tl.where(counts, weight * slope, 0.0), mask)
         tl.store(entropy_slopes_ptr + token, -entropy_coef * weight, mask)
-        clipped = clipped & counts
         tl.store(clipped_ptr + token, clipped, mask)
-        count_sum += counts.to(tl.float32)
-        high_sum += (clipped & (advantage > 0.0)).to(tl.float32)
-        low_sum += (clipped & (advantage < 0.0)).to(tl.float32)
-        entropy_sum += entropy
-        old_kl_sum += k3(logp, old_logp)
-        ref_kl_sum += k3(logp, ref_logp)
-    tl.store(sums_ptr, tl.sum(loss_sum, 0))
-    tl.store(sums_ptr + 1, tl.sum(count_sum, 0))
-    tl.store(sums_ptr + 2, tl.sum(high_sum, 0))
-    tl.store(sums_ptr + 3, tl.sum(low_sum, 0))
-    tl.store(sums_ptr + 4, tl.sum(entropy_sum, 0))
-    tl.store(sums_ptr + 5, tl.sum(old_kl_sum, 0))
-    tl.store(sums_ptr + 6, tl.sum(ref_kl_sum, 0))
+        more = token_sums(
+            counts, value, clipped, advantage, entropy, logp, old_logp, ref_logp, rollout_weight
+        )
+        sums = add(sums, more)
+        largest = tl.maximum(largest, tl.where(counts, logp - old_logp, -float("inf")))
+    for index in tl.static_range(NUM_SUMS):
+        tl.store(sums_ptr + index, tl.sum(sums[index], 0))
+    tl.store(sums_ptr + NUM_SUMS, tl.max(largest, 0))
 
 
 @triton.jit
-def k3(logp, ref_logp):
-    """exp(-d) - 1 + d with d = logp - ref_logp within +-20, as objectives.k3."""
-    delta = tl.minimum(tl.maximum(logp - ref_logp, -20.0), 20.0)
-    return tl.exp(-delta) - 1.0 + delta
+def token_sums(
+    counts, value, clipped, advantage, entropy, logp, old_logp, ref_logp, rollout_weight
+):
+    """What a block of tokens adds to each sum, in the order of `token_loss.op.SUMS`."""
+    old_k1, old_k2, old_k3 = divergences(logp, old_logp)
+    ref_k1, ref_k2, ref_k3 = divergences(logp, ref_logp)
+    low = clipped & (advantage < 0.0)
+    return (
+        counts.to(tl.float32),
+        value,
+        (clipped & (advantage > 0.0)).to(tl.float32),
+        (low & (old_k1 <= 0.0)).to(tl.float32),
+        (low & (old_k1 > 0.0)).to(tl.float32),
+        entropy,
+        old_k1,
+        old_k2,
+        old_k3,
+        ref_k1,
+        ref_k2,
+        ref_k3,
+        rollout_weight,
+        rollout_weight * rollout_weight,
+    )
+
+
+@triton.jit
+def divergences(logp, other_logp):
+    """d, d^2 / 2 and exp(-d) - 1 + d of d = logp - other_logp within +-20."""
+    delta = tl.minimum(tl.maximum(logp - other_logp, -20.0), 20.0)
+    return delta, 0.5 * delta * delta, tl.exp(-delta) - 1.0 + delta
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """A tuple of blocks of zeros."""
+    blocks = ()
+    for _ in tl.static_range(COUNT):
+        blocks = blocks + (tl.zeros([BLOCK], tl.float32),)
+    return blocks
+
+
+@triton.jit
+def add(left, right):
+    """Sums of the blocks of two tuples."""
+    blocks = ()
+    for index in tl.static_range(len(left)):
+        blocks = blocks + (left[index] + right[index],)
+    return blocks

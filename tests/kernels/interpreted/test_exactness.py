@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels import linear_logps, policy_loss
-from fastrl_kernels.objectives import Objective, clipped_ratio, importance_ratio, k3
+from fastrl_kernels.objectives import Objective, Regulariser, clipped_ratio, importance_ratio, k3
 from fastrl_kernels.policy_loss import PolicyLoss
 from tests.kernels.interpreted.conftest import (
     ENGINES,
@@ -37,7 +37,7 @@ def loss_and_gradients(
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_same_inputs_give_the_same_bits(engine: str) -> None:
     case, tokens = with_tokens(make_case("everything", torch.bfloat16))
-    objective = CLIPPED._replace(regulariser=k3, beta=0.1)
+    objective = CLIPPED._replace(regularisers=(Regulariser(k3, 0.1),))
     settings = {"objective": objective, "entropy_coef": 0.1, **ENGINES[engine]}
     first, second = (loss_and_gradients(case, tokens, **settings) for _ in range(2))
     for one, other in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):

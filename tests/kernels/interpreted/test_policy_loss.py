@@ -15,6 +15,7 @@ from fastrl_kernels.linear_logps import launch as linear_launch
 from fastrl_kernels.linear_logps import launch_backward
 from fastrl_kernels.objectives import (
     Objective,
+    Regulariser,
     clipped_ratio,
     importance_ratio,
     k1_score,
@@ -41,7 +42,7 @@ from tests.kernels.interpreted.conftest import (
 )
 
 CLIPPED = Objective(clipped_ratio, (0.2, 0.28))
-REGULARISED = CLIPPED._replace(regulariser=k3, beta=0.1)
+REGULARISED = CLIPPED._replace(regularisers=(Regulariser(k3, 0.1),))
 # cuBLAS has no units, which float16 needs.
 ENGINES_AND_DTYPES = [
     pair for pair in itertools.product(ENGINES, DTYPES) if pair != ("cublas", torch.float16)
@@ -109,7 +110,7 @@ def test_nothing_but_the_clip(engine: str, dtype: torch.dtype) -> None:
         ((), CLIPPED, 0.0),
         ((), Objective(policy_gradient), 0.1),
         (("rollout_weights",), CLIPPED, 0.0),
-        (("ref_logps",), Objective(importance_ratio, (), k1_score, 0.5), 0.0),
+        (("ref_logps",), Objective(importance_ratio, (), (Regulariser(k1_score, 0.5),)), 0.0),
         (("old_logps", "ref_logps"), CLIPPED, 0.1),  # beta is 0: ref_logps are not read
     ],
 )
@@ -119,6 +120,17 @@ def test_options(
     case, tokens = with_tokens(make_case("plain", torch.float32))
     settings: dict[str, Any] = {"objective": objective, "entropy_coef": entropy_coef}
     check_policy_loss(case, tokens, options, **settings, **ENGINES[engine])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_parameters_as_tensors_and_several_regularisers(engine: str) -> None:
+    case, tokens = with_tokens(make_case("plain", torch.float32))
+    each = torch.rand(len(case.target_ids), generator=torch.Generator().manual_seed(1))
+    one = torch.full((1,), 0.3)
+    regularisers = (Regulariser(k3, each), Regulariser(k1_score, one))
+    objective = Objective(clipped_ratio, (each, one), regularisers)
+    settings: dict[str, Any] = {"objective": objective, "entropy_coef": 0.1 * each}
+    check_policy_loss(case, tokens, OPTIONS, **settings, **ENGINES[engine])
 
 
 @pytest.mark.parametrize("engine", ["gather", "cublas"])

@@ -8,20 +8,22 @@ from torch import Tensor
 
 from fastrl_kernels.objectives import (
     Objective,
+    Regulariser,
     clipped_ratio,
     importance_ratio,
     k1_score,
     k2,
     k3,
     policy_gradient,
+    tl,
     truncated_importance,
 )
 from fastrl_kernels.token_loss import TokenLoss, token_loss, token_loss_reference
 
 OBJECTIVES = [
-    Objective(clipped_ratio, (0.2, 0.28), k3, 0.1),
-    Objective(truncated_importance, (1.0, 0.5), k2, 0.5),
-    Objective(importance_ratio, (), k1_score, 0.05),
+    Objective(clipped_ratio, (0.2, 0.28), (Regulariser(k3, 0.1),)),
+    Objective(truncated_importance, (1.0, 0.5), (Regulariser(k2, 0.5),)),
+    Objective(importance_ratio, (), (Regulariser(k1_score, 0.05),)),
     Objective(policy_gradient),
 ]
 OPTIONS = ("old_logps", "ref_logps", "rollout_weights")
@@ -109,4 +111,31 @@ def test_a_ratio_of_the_same_policy_is_exactly_1() -> None:
         implementation="triton",
     )  # fmt: skip
     assert torch.equal(out.slopes, -tokens["token_weights"])
-    assert out.old_kl == 0
+    assert out.old_k3 == 0
+    assert out.max_ratio == 1
+
+
+def own_drift(logp, old_logp, scale):  # type: ignore[no-untyped-def]
+    """scale d^2 / 2, of the distance to the old policy."""
+    distance = logp - old_logp
+    return 0.5 * scale * tl.abs(distance) * tl.abs(distance), scale * distance
+
+
+def own_joint(logp, old_logp, ref_logp):  # type: ignore[no-untyped-def]
+    """(logp - old_logp) (logp - ref_logp)"""
+    return (logp - old_logp) * (logp - ref_logp), 2.0 * logp - old_logp - ref_logp
+
+
+@pytest.mark.parametrize("num_tokens", [7, 1100])
+def test_parameters_as_tensors_and_several_regularisers(num_tokens: int) -> None:
+    tokens = make_tokens(num_tokens)
+    one = torch.rand(num_tokens, generator=torch.Generator().manual_seed(1))
+    two = torch.full((1,), 0.3)
+    regularisers = (
+        Regulariser(own_drift, 0.2, (one,)),
+        Regulariser(k3, one),
+        Regulariser(own_joint, two),
+    )
+    objective = Objective(clipped_ratio, (one, two), regularisers)
+    tokens["old_logps"][2::50] -= 25  # the square of a distance of 25 has no accurate sum
+    check(tokens, OPTIONS, objective=objective, entropy_coef=one)
