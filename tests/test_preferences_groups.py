@@ -303,3 +303,10 @@ def test_float32_is_kept(name):
     terms = call(name, numbers)
     assert terms.losses.dtype == terms.slopes.dtype == torch.float32
     torch.testing.assert_close(terms.slopes.double(), exact.slopes, rtol=1e-4, atol=1e-5)
+
+
+def test_without_weights_desirable_and_undesirable_completions_count_alike():
+    numbers = inputs()
+    numbers["sequence_ref_logps"] = numbers["sequence_logps"].clone()
+    expected = 0.1 * 0.25 / 10 * torch.where(numbers["rewards"] > 0, -1.0, 1.0) * (LENGTHS > 0)
+    torch.testing.assert_close(call("kto", numbers).slopes, expected.to(F64), rtol=1e-7, atol=0)
