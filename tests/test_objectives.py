@@ -1,134 +1,363 @@
-"""Value == transcription, slope == autograd of the value, golden values, on-policy identities."""
+"""Surrogates: value == transcription, slope == derivative, published numbers, identities."""
+
+import itertools
+import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastrl_kernels.objectives import (
-    REGULARISERS,
     SURROGATES,
     Objective,
+    Regulariser,
     bind_torch,
     clipped_ratio,
     evaluate,
-    k1_score,
-    k2,
     k3,
+    k3_is,
 )
+from tests.objective_formulas import HYPER, SURROGATE_FORMULAS, make_tokens
 
-HYPER = {
-    "policy_gradient": (),
-    "importance_ratio": (),
-    "clipped_ratio": (0.2, 0.28),
-    "truncated_importance": (1.0, 4.0),
+NAMES = sorted(SURROGATES)
+WITH_HYPER = sorted(set(NAMES) & set(HYPER))
+PENALISED = {"kl_penalised_ratio", "mirror_descent"}  # have a slope without an advantage
+INFINITY = math.inf
+
+
+def run(name: str, *tokens: Tensor, hyper: tuple[Any, ...] | None = None) -> tuple[Tensor, Tensor]:
+    function = bind_torch(SURROGATES[name])
+    return function(*tokens, *(HYPER.get(name, ()) if hyper is None else hyper))
+
+
+def one(*numbers: float) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor([number], dtype=torch.float64) for number in numbers)
+
+
+def close(value: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_value_is_the_formula(name: str) -> None:
+    logps, old_logps, _, advantages = make_tokens()
+    value, _ = run(name, logps, old_logps, advantages)
+    columns = (logps.tolist(), old_logps.tolist(), advantages.tolist())
+    formula, hyper = SURROGATE_FORMULAS[name], HYPER.get(name, ())
+    expected = [formula(*token, *hyper) for token in zip(*columns, strict=True)]
+    close(value, torch.tensor(expected, dtype=torch.float64))
+
+
+DIFFERENTIATED = ("soft_gated_ratio", "truncated_importance", "tapered", "negative_aware")
+
+
+def differentiable(name: str, logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tensor:
+    """The formula, its constants detached: of these the code hides the slope from autograd."""
+    ratio = torch.exp((logp - old_logp).clamp(-20, 20))
+    if name == "soft_gated_ratio":
+        temperature = torch.where(advantage > 0, torch.ones_like(logp), 1.05)
+        return 4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * advantage
+    if name == "truncated_importance":
+        return ratio.clamp(0, 5).detach() * advantage * logp
+    if name == "tapered":
+        return ratio.clamp(max=1).detach() * advantage * logp
+    assert name == "negative_aware"
+    log_ratio = logp - old_logp
+    log_ratio = log_ratio + (log_ratio.clamp(-20, 10) - log_ratio).detach()
+    negative = (1 - 0.4 * log_ratio.exp()) / 0.6
+    negative = negative + (negative.clamp(min=1) - negative).detach()
+    return torch.where(advantage > 0, log_ratio, negative.log()) * (advantage != 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slope_is_the_derivative(name: str) -> None:
+    logps, old_logps, _, advantages = make_tokens()
+    tokens = (logps.requires_grad_(), old_logps, advantages)
+    value, slope = run(name, *tokens)
+    if name in DIFFERENTIATED:
+        value = differentiable(name, *tokens)
+    (gradient,) = torch.autograd.grad(value.sum(), logps)
+    close(slope.detach(), gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_dtype_is_kept_and_float32_is_accurate(name: str, dtype: torch.dtype) -> None:
+    logps, old_logps, _, advantages = (x.to(dtype) for x in make_tokens())
+    result = run(name, logps, old_logps, advantages)
+    truth = run(name, logps.double(), old_logps.double(), advantages.double())
+    for got, expected in zip(result, truth, strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (257,)])
+@pytest.mark.parametrize("name", WITH_HYPER)
+def test_parameters_may_be_tensors(name: str, shape: tuple[int, ...]) -> None:
+    logps, old_logps, _, advantages = make_tokens()
+    tensors = tuple(torch.full(shape, x, dtype=torch.float64) for x in HYPER[name])
+    result = run(name, logps, old_logps, advantages, hyper=tensors)
+    for got, expected in zip(result, run(name, logps, old_logps, advantages), strict=True):
+        close(got, expected, 1e-15)
+
+
+@pytest.mark.parametrize("name", WITH_HYPER)
+def test_each_token_has_its_own_parameters(name: str) -> None:
+    logps, old_logps, _, advantages = make_tokens()
+    first = torch.arange(257) % 2 == 0
+    others = tuple(1.1 * x for x in HYPER[name])
+    mixed = tuple(
+        torch.where(first, torch.tensor(x, dtype=torch.float64), y)
+        for x, y in zip(HYPER[name], others, strict=True)
+    )
+    result = run(name, logps, old_logps, advantages, hyper=mixed)
+    halves = [run(name, logps, old_logps, advantages, hyper=x) for x in (HYPER[name], others)]
+    for got, one_half, other_half in zip(result, *halves, strict=True):
+        close(got, torch.where(first, one_half, other_half), 1e-15)
+
+
+GOLDEN_INPUTS = [  # A, d, logp
+    (1.0, 0.0, -1.0), (1.0, 0.4, -0.7), (1.0, -0.5, -1.5), (-1.0, 0.0, -1.0), (-1.0, 0.4, -0.7),
+    (-1.0, -0.5, -1.5), (-1.0, 1.4, -0.2), (0.5, 0.1, -2.0),
+]  # fmt: skip
+GOLDEN = {
+    "clipped_ratio": (
+        (1.0, 1.28, 0.606531, -1.0, -1.491825, -0.8, -4.0552, 0.552585),
+        (1.0, 0.0, 0.606531, -1.0, -1.491825, 0.0, -4.0552, 0.552585),
+    ),
+    "dual_clipped_ratio": (
+        (1.0, 1.28, 0.606531, -1.0, -1.491825, -0.8, -3.0, 0.552585),
+        (1.0, 0.0, 0.606531, -1.0, -1.491825, 0.0, 0.0, 0.552585),
+    ),
+    "truncated_importance": (
+        (-1.0, -1.044277, -0.909796, 1.0, 1.044277, 0.909796, 0.81104, -1.105171),
+        (1.0, 1.491825, 0.606531, -1.0, -1.491825, -0.606531, -4.0552, 0.552585),
+    ),
+    "soft_gated_ratio": (
+        (2.0, 2.482145, 1.61153, -1.904762, -2.38594, -1.516795, -3.661458, 1.052537),
+        (1.0, 1.405126, 0.583648, -1.0, -1.396622, -0.581368, -0.605954, 0.55106),
+    ),
+    "quadratic_ratio": (
+        (1.0, 0.887096, 0.219485, -1.0, -2.096554, -0.993576, -27.390817, 0.538759),
+        (1.0, -2.176756, 1.799787, -1.0, -5.160406, 0.586725, -66.002434, 0.262006),
+    ),
+    "kl_penalised_ratio": (
+        (1.0, 1.482642, 0.595878, -1.0, -1.501007, -0.617184, -4.22072, 0.552068),
+        (1.0, 1.442642, 0.645878, -1.0, -1.541007, -0.567184, -4.36072, 0.542068),
+    ),
+    "mirror_descent": (
+        (1.0, 1.282014, 0.426123, -1.0, -1.701635, -0.786939, -9.29936, 0.541893),
+        (1.0, 0.298365, 1.213061, -1.0, -2.685284, 0.0, -15.40976, 0.331551),
+    ),
+    "drift": (
+        (1.0, 1.482145, 0.606531, -1.0, -1.491825, -0.697174, -4.0552, 0.552573),
+        (1.0, 1.405126, 0.606531, -1.0, -1.491825, -0.14105, -4.0552, 0.552204),
+    ),
+    "negative_aware": (
+        (0.0, 0.4, -0.5, 0.0, 0.0, 0.232946, 0.0, 0.1),
+        (1.0, 1.0, 1.0, -0.666667, -0.99455, -0.320328, -2.703467, 1.0),
+    ),
+    "linear_bound": (
+        (1.0, 1.4, 0.5, -1.0, -1.491825, -0.606531, -4.0552, 0.55),
+        (1.0, 1.0, 1.0, -1.0, -1.491825, -0.606531, -4.0552, 0.5),
+    ),
+    "shaped_probability": (
+        (0.78627, 0.832379, 0.690527, -0.78627, -0.832379, -0.690527, -0.891154, 0.287537),
+        (0.16805, 0.139524, 0.213699, -0.16805, -0.139524, -0.213699, -0.096998, 0.122182),
+    ),
 }
 
 
-def transcription(name: str, logp, old_logp, advantage):
-    """Each surrogate as its paper writes it, with stop-gradients as detach."""
-    ratio = torch.exp((logp - old_logp).clamp(-20, 20))
-    if name == "policy_gradient":
-        return advantage * logp
-    if name == "importance_ratio":
-        return ratio * advantage
-    if name == "clipped_ratio":
-        return torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
-    assert name == "truncated_importance"
-    return ratio.clamp(0.0, 5.0).detach() * advantage * logp
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_golden_values(name: str) -> None:
+    advantages, log_ratios, logps = torch.tensor(GOLDEN_INPUTS, dtype=torch.float64).T
+    result = run(name, logps, logps - log_ratios, advantages)
+    for got, expected in zip(result, GOLDEN[name], strict=True):
+        close(got, torch.tensor(expected, dtype=torch.float64), 6e-7)
 
 
-@pytest.fixture
-def tokens():
-    generator = torch.Generator().manual_seed(0)
-    logps = -3 * torch.rand(257, generator=generator, dtype=torch.float64)
-    old_logps = logps - 0.5 * torch.randn(257, generator=generator, dtype=torch.float64)
-    old_logps[:3] = logps[:3] + torch.tensor([25.0, -25.0, 0.0])
-    advantages = torch.randn(257, generator=generator, dtype=torch.float64)
-    advantages[5] = 0.0
-    return logps.requires_grad_(), old_logps, advantages
-
-
-@pytest.mark.parametrize("name", sorted(SURROGATES))
-def test_surrogate_is_its_transcription_and_slope_its_derivative(name, tokens):
-    logps, old_logps, advantages = tokens
-    expected = transcription(name, logps, old_logps, advantages)
-    (gradient,) = torch.autograd.grad(expected.sum(), logps)
-    value, slope = bind_torch(SURROGATES[name])(logps, old_logps, advantages, *HYPER[name])
-    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(slope, gradient, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", sorted(SURROGATES))
-def test_on_policy_slope_is_the_advantage(name, tokens):
-    logps, _, advantages = tokens
-    _, slope = bind_torch(SURROGATES[name])(logps, logps, advantages, *HYPER[name])
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        set(NAMES)
+        - {"log_likelihood", "negative_aware", "shaped_probability", "shaped_probability_ratio"}
+    ),
+)
+def test_on_policy_slope_is_the_advantage(name: str) -> None:
+    logps, _, _, advantages = make_tokens()
+    _, slope = run(name, logps, logps, advantages)
     assert torch.equal(slope, advantages)
 
 
+def test_on_policy_slope_of_the_others() -> None:
+    logps, _, _, advantages = make_tokens()
+    _, slope = run("negative_aware", logps, logps, advantages)
+    negative = torch.where(advantages < 0, -0.4 / 0.6, 0.0).double()
+    close(slope, torch.where(advantages > 0, 1.0, negative), 1e-7)
+    _, slope = run("shaped_probability_ratio", logps, logps, advantages)
+    close(slope, advantages * 0.1 / (logps.exp() + 0.1))
+    _, slope = run("log_likelihood", logps, logps, advantages)
+    assert torch.equal(slope, torch.ones_like(logps))
+
+
+def test_dual_clip_is_the_second_bound_of_the_two_sided_clip() -> None:
+    logps, old_logps, _, advantages = make_tokens()
+    tokens = (logps, old_logps, advantages)
+    both = [run(f"{x}_clipped_ratio", *tokens) for x in ("dual", "two_sided")]
+    assert (both[0][1] != run("clipped_ratio", *tokens)[1]).any()
+    for got, expected in zip(*both, strict=True):
+        close(got, expected)
+    unbounded = run("dual_clipped_ratio", *tokens, hyper=(0.2, 0.28, INFINITY))
+    bounded = run("bounded_ratio", *tokens, hyper=(1.0 - 0.2, 1.0 + 0.28, INFINITY))
+    for results in zip(unbounded, bounded, run("clipped_ratio", *tokens), strict=True):
+        assert torch.equal(results[0], results[2])
+        assert torch.equal(results[1], results[2])
+
+
+def test_one_sided_mask_has_the_slope_of_the_clip() -> None:
+    logps, old_logps, _, advantages = make_tokens()
+    value, slope = run("one_sided_masked_ratio", logps, old_logps, advantages, hyper=(0.8, 1.28))
+    clipped, clipped_slope = run("clipped_ratio", logps, old_logps, advantages, hyper=(0.2, 0.28))
+    assert torch.equal(slope, clipped_slope)
+    stopped = (slope == 0) & (advantages != 0)
+    assert torch.equal(value[~stopped], clipped[~stopped])
+    bound = torch.where(advantages > 0, 1.28, 0.8).double()
+    inside = stopped & ((logps - old_logps).abs() < 20)
+    close((clipped - value)[inside], (bound * advantages)[inside], 1e-7)
+
+
+def test_truncation_far_out_has_the_slope_of_the_importance_ratio() -> None:
+    logps, old_logps, _, advantages = (x[3:] for x in make_tokens())
+    _, slope = run("truncated_importance", logps, old_logps, advantages, hyper=(1.0, INFINITY))
+    assert torch.equal(slope, run("importance_ratio", logps, old_logps, advantages)[1])
+
+
+@pytest.mark.parametrize("advantage", [-1.5, 1.5])
+@pytest.mark.parametrize("log_ratio", [-0.3, 0.3])
 @pytest.mark.parametrize(
-    ("advantage", "log_ratio", "value", "slope"),
-    [
-        (1.0, 0.0, 1.000000, 1.000000),
-        (1.0, 0.4, 1.280000, 0.000000),
-        (1.0, -0.5, 0.606531, 0.606531),
-        (-1.0, 0.4, -1.491825, -1.491825),
-        (-1.0, -0.5, -0.800000, 0.000000),
-        (-1.0, 1.4, -4.055200, -4.055200),
-        (0.5, 0.1, 0.552585, 0.552585),
-    ],
+    "name", ["bounded_ratio", "masked_ratio", "one_sided_masked_ratio", "probability_masked_ratio"]
 )
-def test_clipped_ratio_golden_values(advantage, log_ratio, value, slope):
-    logp = torch.tensor(-1.0, dtype=torch.float64)
-    one = torch.tensor(advantage, dtype=torch.float64)
-    result = bind_torch(clipped_ratio)(logp, logp - log_ratio, one, 0.2, 0.28)
-    assert [float(x) for x in result] == pytest.approx([value, slope], abs=1e-6)
+def test_a_tie_has_the_unclipped_slope(name: str, log_ratio: float, advantage: float) -> None:
+    """With the bounds at the token; with bounds one rounding narrower, the side that is stopped."""
+    tokens = one(-1.0, -1.0 - log_ratio, advantage)
+    place = float((tokens[0] - tokens[1]).exp())
+    far: tuple[float, ...] = (0.01, 100.0)
+    stops = advantage * log_ratio > 0 or name == "masked_ratio"
+    if name == "probability_masked_ratio":
+        place = abs(float(tokens[0].exp() - tokens[1].exp()))
+        far = (100.0, 100.0)
+    upper = log_ratio > 0
+    narrower = math.nextafter(place, 0.0 if upper or far[0] > 1 else INFINITY)
+    extra = (200.0,) if name == "bounded_ratio" else ()
+    for bound, expected in ((place, False), (narrower, stops)):
+        hyper = (far[0], bound) if upper else (bound, far[1])
+        _, slope = run(name, *tokens, hyper=(*hyper, *extra))
+        assert (slope == 0) == expected
+        if not expected:
+            assert torch.equal(slope, (tokens[0] - tokens[1]).exp() * advantage)
 
 
-@pytest.mark.parametrize(
-    ("delta", "values", "slopes"),
-    [
-        (-1.0, (0.5, 0.718282), (-1.0, -1.718282)),
-        (-0.1, (0.005, 0.005171), (-0.1, -0.105171)),
-        (0.0, (0.0, 0.0), (0.0, 0.0)),
-        (1.0, (0.5, 0.367879), (1.0, 0.632121)),
-    ],
-)
-def test_regulariser_golden_values(delta, values, slopes):
-    logp = torch.tensor(-2.0, dtype=torch.float64)
-    for function, value, slope in zip((k2, k3), values, slopes, strict=True):
-        result = bind_torch(function)(logp, logp - delta)
-        assert [float(x) for x in result] == pytest.approx([value, slope], abs=1e-6)
+def test_ties_of_the_dual_clip_and_of_the_clamp() -> None:
+    tokens = one(-1.0, -2.0, -1.5)
+    place = float((tokens[0] - tokens[1]).exp())
+    for name in ("dual_clipped_ratio", "two_sided_clipped_ratio"):
+        assert run(name, *tokens, hyper=(0.2, 0.28, place))[1] == -1.5 * place
+        assert run(name, *tokens, hyper=(0.2, 0.28, math.nextafter(place, 0.0)))[1] == 0
+    for log_ratio, factor in ((20.0, 1.0), (20.000001, 0.0), (-20.0, 1.0), (-20.000001, 0.0)):
+        (logp, old_logp, advantage) = one(0.0, -log_ratio, 2.0)
+        value, slope = run("importance_ratio", logp, old_logp, advantage)
+        close(slope, factor * value)
 
 
-def test_regularisers_have_the_expected_gradients_on_a_small_vocabulary():
-    """E[delta dlogp] = grad KL(theta || ref); E[(1 - e^-delta) dlogp] = grad KL(ref || theta)."""
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(7, generator=generator, dtype=torch.float64, requires_grad=True)
-    ref = torch.randn(7, generator=generator, dtype=torch.float64).log_softmax(0)
-    logp = logits.log_softmax(0)
-    reverse = (logp.exp() * (logp - ref)).sum()
-    forward = (ref.exp() * (ref - logp)).sum()
-    for function, divergence in ((k1_score, reverse), (k2, reverse), (k3, forward)):
-        _, slopes = bind_torch(function)(logp.detach(), ref)
-        expectation = (logp.detach().exp() * slopes * logp).sum()
-        got = torch.autograd.grad(expectation, logits, retain_graph=True)[0]
-        want = torch.autograd.grad(divergence, logits, retain_graph=True)[0]
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+EXTREMES = list(itertools.product((0.0, -1e-6, -50.0, -1e4), repeat=2))
 
 
-@pytest.mark.parametrize("name", sorted(REGULARISERS))
-def test_objective_adds_the_penalty(name, tokens):
-    logps, old_logps, advantages = tokens
-    ref_logps = old_logps.roll(1)
-    objective = Objective(clipped_ratio, (0.2, 0.28), REGULARISERS[name], beta=0.3)
-    result = evaluate(objective, logps, old_logps, ref_logps, advantages)
-    gain, gain_slope = bind_torch(clipped_ratio)(logps, old_logps, advantages, 0.2, 0.28)
-    penalty, penalty_slope = bind_torch(REGULARISERS[name])(logps, ref_logps)
-    torch.testing.assert_close(result.values, 0.3 * penalty - gain)
-    torch.testing.assert_close(result.slopes, 0.3 * penalty_slope - gain_slope)
-    assert not result.values.requires_grad
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_extreme_tokens_give_finite_numbers(name: str, dtype: torch.dtype) -> None:
+    rows = [(x, y, a) for x, y in EXTREMES for a in (0.0, 1.0, -1.0, 1e4, -1e4)]
+    logps, old_logps, advantages = torch.tensor(rows, dtype=dtype).T
+    for hyper in (HYPER.get(name, ()), tuple(torch.tensor(x) for x in HYPER.get(name, ()))):
+        value, slope = run(name, logps, old_logps, advantages, hyper=hyper)
+        assert value.isfinite().all()
+        assert slope.isfinite().all()
+        constant_past_the_clamp = name not in (
+            "policy_gradient", "log_likelihood", "truncated_importance", "tapered",
+            "shaped_probability", "negative_aware", "linear_bound",
+        )  # fmt: skip
+        if constant_past_the_clamp:
+            assert not slope[(logps - old_logps).abs() > 20].any()
 
 
-def test_penalty_without_reference_is_refused(tokens):
-    logps, old_logps, advantages = tokens
-    with pytest.raises(ValueError, match="ref_logps"):
-        evaluate(Objective(clipped_ratio, (0.2, 0.2), k3, 0.1), logps, old_logps, None, advantages)
+@pytest.mark.parametrize("name", sorted(set(NAMES) - PENALISED - {"log_likelihood"}))
+def test_no_advantage_no_slope(name: str) -> None:
+    logps, old_logps, _, advantages = make_tokens()
+    for result in run(name, logps, old_logps, 0 * advantages):
+        assert not result.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_is_not_hidden(name: str) -> None:
+    good, nan = torch.linspace(-3, -0.1, 7), torch.full((7,), torch.nan)
+    for advantage in (1.0, -1.0):
+        value, _ = run(name, nan, good, advantage + 0 * good)
+        assert value.isnan().all()
+    if name != "log_likelihood":
+        value, slope = run(name, good, good, nan)
+        assert value.isnan().all()
+        assert slope.isnan().all()
+
+
+@pytest.mark.parametrize("infinite", [torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"linear_bound"}))
+def test_an_infinite_old_logp_gives_finite_numbers(name: str, infinite: float) -> None:
+    """As a broken sampler could record one; a bound that is linear in it has no finite value."""
+    infinite = -torch.inf if name.endswith(("probability_ratio", "masked_ratio")) else infinite
+    logps, _, _, advantages = make_tokens()
+    for result in run(name, logps, torch.full_like(logps, infinite), advantages):
+        assert result.isfinite().all()
+
+
+def test_no_tokens_and_one_token() -> None:
+    for name in NAMES:
+        logps, old_logps, _, advantages = make_tokens()
+        whole = run(name, logps, old_logps, advantages)
+        alone = run(name, logps[9:10], old_logps[9:10], advantages[9:10])
+        for some, all_tokens in zip(alone, whole, strict=True):
+            close(some, all_tokens[9:10], 1e-14)
+        for nothing in run(name, logps[:0], old_logps[:0], advantages[:0]):
+            assert nothing.shape == (0,)
+
+
+def test_the_reward_decides_about_tapering() -> None:
+    logps, old_logps, _, advantages = make_tokens()
+    rewards = torch.linspace(-1, 1, 257, dtype=torch.float64)
+    value, slope = run("tapered", logps, old_logps, advantages, hyper=(rewards,))
+    ratio = (logps - old_logps).clamp(-20, 20).exp().clamp(max=1)
+    close(slope, torch.where(rewards > 0, 1.0, ratio) * advantages)
+    close(value, slope * logps)
+
+
+@pytest.mark.parametrize(("pass_rate", "used"), [(0.0, 0.02), (1.0, 0.98), (0.5, 0.5)])
+def test_pass_rates_keep_off_their_ends(pass_rate: float, used: float) -> None:
+    tokens = one(-1.0, -0.8, -1.0)
+    result = run("negative_aware", *tokens, hyper=(pass_rate,))
+    assert result == run("negative_aware", *tokens, hyper=(used,))
+
+
+def test_objective_is_minus_the_surrogate_plus_the_penalties() -> None:
+    logps, old_logps, ref_logps, advantages = make_tokens()
+    penalties = (Regulariser(k3, 0.3), Regulariser(k3_is, 0.1), Regulariser(k3, 0.0))
+    objective = Objective(clipped_ratio, (0.2, 0.28), penalties)
+    weights = torch.linspace(0, 2, 257, dtype=torch.float64)
+    result = evaluate(objective, logps, old_logps, ref_logps, advantages, weights)
+    gains = run("clipped_ratio", logps, old_logps, advantages)
+    parts = (
+        gains,
+        bind_torch(k3)(logps, ref_logps),
+        bind_torch(k3_is)(logps, old_logps, ref_logps),
+    )
+    for got, gain, first, second in zip(result[:2], *parts, strict=True):
+        close(got, 0.3 * first + 0.1 * second - weights * gain)
+    assert torch.equal(result.clipped, (gains[1] == 0) & (advantages != 0))

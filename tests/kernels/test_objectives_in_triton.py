@@ -11,13 +11,14 @@ from fastrl_kernels.objectives import REGULARISERS, SURROGATES
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 NAMES = {*SURROGATES, *REGULARISERS}
 
 
 def run(*words: str, interpreter: bool) -> list[str]:
     environment = {
         **os.environ,
-        "PYTHONPATH": str(HERE.parent.parent / "kernels"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT)]),
         "TRITON_INTERPRET": "1" if interpreter else "0",
     }
     result = subprocess.run(
