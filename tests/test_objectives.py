@@ -341,9 +341,11 @@ def test_the_reward_decides_about_tapering() -> None:
 
 @pytest.mark.parametrize(("pass_rate", "used"), [(0.0, 0.02), (1.0, 0.98), (0.5, 0.5)])
 def test_pass_rates_keep_off_their_ends(pass_rate: float, used: float) -> None:
-    tokens = one(-1.0, -0.8, -1.0)
-    result = run("negative_aware", *tokens, hyper=(pass_rate,))
-    assert result == run("negative_aware", *tokens, hyper=(used,))
+    value, slope = run("negative_aware", *one(-1.0, -0.8, -1.0), hyper=(pass_rate,))
+    negative = (1 - used * math.exp(-0.2)) / (1 - used)
+    close(value, torch.tensor([math.log(negative)], dtype=torch.float64))
+    expected = -used * math.exp(-0.2) / (1 - used) / negative
+    close(slope, torch.tensor([expected], dtype=torch.float64))
 
 
 def test_objective_is_minus_the_surrogate_plus_the_penalties() -> None:
