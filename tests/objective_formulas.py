@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastrl_kernels.objectives import SURROGATES, bind_torch
 
 HYPER: dict[str, tuple[float, ...]] = {
     "clipped_ratio": (0.2, 0.28),
@@ -131,6 +133,7 @@ REGULARISER_FORMULAS: dict[str, Callable[..., float]] = {
     "k1_score": lambda x, y: (x - y) * x,
     "k2": lambda x, y: (x - y) ** 2 / 2,
     "k3": lambda x, y: schulman(x - y),
+    "k3_old": lambda x, y: schulman(x - y),
     "k3_plus": lambda x, y: schulman(x - y),
     "k3_is": lambda x, y, z: rho(x, y) * schulman(x - z),
     "k2_is": lambda x, y, z: rho(x, y) * (x - z) ** 2 / 2,
@@ -169,3 +172,13 @@ def make_tokens(num_tokens: int = 257) -> Tokens:
     advantages = normal()
     advantages[5:6] = 0.0
     return Tokens(logps, old_logps, ref_logps, advantages)
+
+
+def run(name: str, *tokens: Tensor, hyper: tuple[Any, ...] | None = None) -> tuple[Tensor, Tensor]:
+    """Value and slope of a surrogate; the parameters are those of HYPER unless given."""
+    function = bind_torch(SURROGATES[name])
+    return function(*tokens, *(HYPER.get(name, ()) if hyper is None else hyper))
+
+
+def close(value: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
