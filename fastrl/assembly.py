@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from fastrl.advantages import NEEDS_GROUPS
 from fastrl.config import Config
 from fastrl.errors import InputError
-from fastrl.methods import resolve_method
+from fastrl.methods.resolve import check_generations, resolve_method
 from fastrl.packing import pack
 from fastrl.policy import Policy, load_policy, new_policy
 from fastrl.rewards import check_rewards, load_rewards
@@ -23,11 +22,7 @@ TOKENIZER_SAMPLE = 2048
 def build_trainer(config: Config, directory: Path | None = None) -> Trainer:
     """Task, rewards, policy and method of a config; the policy from `directory` if one is given."""
     method = resolve_method(config.method, config.objective)
-    if method.advantage in NEEDS_GROUPS and config.rollout.num_generations < 2:
-        raise InputError(
-            f"rollout.num_generations must be at least 2 for method {config.method!r} (advantage "
-            f"{method.advantage}), got {config.rollout.num_generations}; raise it or use reinforce"
-        )
+    check_generations(method, config.rollout.num_generations)
     longest = config.rollout.max_prompt_length + config.rollout.max_completion_length - 1
     if longest > config.max_tokens_per_pass:
         raise InputError(

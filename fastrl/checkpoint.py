@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -34,6 +34,7 @@ class TrainerState:
     num_tokens: int = 0  # prompt and completion tokens seen in rollouts so far
     train_seconds: float = 0.0
     pass_at_1_before: float | None = None
+    controllers: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def directory_name(self) -> str:

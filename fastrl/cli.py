@@ -22,7 +22,7 @@ commands:
   train CONFIG.toml [--FIELD VALUE ...] [--overwrite]   train as a config file says
   train --resume RUN [--FIELD VALUE ...]                continue from the newest checkpoint
   eval RUN_OR_CONFIG [--FIELD VALUE ...] [--json PATH]  pass@k on the held-out prompts
-  methods                                               policy-optimisation methods and their axes
+  methods [show NAME]                                   policy-optimisation methods and their axes
   tasks [WORD]                                          tasks to train on, with their parameters
   doctor                                                what is installed and which kernels will run
 
@@ -126,30 +126,11 @@ def _eval(words: list[str]) -> int:
 
 
 def _methods(words: list[str]) -> int:
+    name = _take_value(words, "show")
     _no_more(words)
-    from fastrl.methods import AXES, METHODS
+    from fastrl.methods.describe import lines, show
 
-    _print_table(
-        ("method", "advantage", "surrogate", "clip", "aggregation", "beta", "source"),
-        [
-            (
-                method.name, method.advantage, method.surrogate,
-                f"{method.epsilon_low:g}, {method.epsilon_high:g}" if method.clips else "-",
-                method.aggregation, f"{method.beta:g}", method.source,
-            )
-            for method in METHODS.values()
-        ],
-        title="methods: --method NAME",
-    )  # fmt: skip
-    _print_table(
-        ("axis", "choice", "meaning"),
-        [
-            (f"--objective.{axis}", name, (function.__doc__ or "").splitlines()[0])
-            for axis, choices in AXES.items()
-            for name, function in choices.items()
-        ],
-        title="axes: override any of them",
-    )
+    print("\n".join(lines() if name is None else show(name)))
     return 0
 
 

@@ -94,25 +94,39 @@ class RolloutConfig:
 class ObjectiveConfig:
     """Overrides of the method, axis by axis; what is not given is the method's own choice."""
 
+    reward_shaping: str | None = None
+    """What becomes of the rewards before they are compared, see `fastrl methods`."""
     advantage: str | None = None
     """Advantage estimator, see `fastrl methods`."""
+    selection: str | None = None
+    """Which completions are trained on, see `fastrl methods`."""
+    token_weights: str | None = None
+    """How much each token counts, see `fastrl methods`."""
     surrogate: str | None = None
-    """What is maximised per token, see `fastrl methods`."""
+    """What is maximised per token or per completion, see `fastrl methods`."""
+    rollout_correction: str | None = None
+    """Weights for what the sampler's and the trainer's log-probabilities differ by."""
     regulariser: str | None = None
-    """Per-token penalty towards the reference policy: k1_score, k2 or k3."""
+    """Per-token penalty, see `fastrl methods`; k3 where only beta is given."""
     aggregation: str | None = None
     """How tokens are averaged over the optimizer step, see `fastrl methods`."""
+    loss: str | None = None
+    """A loss of pairs or groups of completions in place of advantage and surrogate."""
+    pairing: str | None = None
+    """Which completions of a prompt a loss of pairs compares, see `fastrl methods`."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Hyper-parameters of the choices by name, or by axis.name where the name is not unique."""
     epsilon_low: Fraction | None = None
     """How far below 1 the ratio may fall before its gradient stops."""
     epsilon_high: NonNegative | None = None
     """How far above 1 the ratio may rise before its gradient stops."""
     beta: NonNegative | None = None
     """Weight of the regulariser; 0 keeps no reference policy in memory."""
-    entropy_coef: NonNegative = 0.0
+    entropy_coef: NonNegative | None = None
     """Weight of the exact entropy bonus."""
     num_iterations: Count = 1
     """Optimizer steps on the same completions."""
-    mask_truncated_completions: bool = False
+    mask_truncated_completions: bool | None = None
     """Leave out completions that the length limit cut."""
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fastrl.types import Batch
 from fastrl_kernels import LMHead, PolicyLoss, linear_logps, policy_loss
-from fastrl_kernels.objectives import Objective
+from fastrl_kernels.objectives import Objective, Parameter
 
 
 def policy_pass_loss(
     hidden_states: Tensor, lm_head: LMHead, batch: Batch, *,
-    objective: Objective, temperature: float, entropy_coef: float,
+    objective: Objective, temperature: float, entropy_coef: Parameter,
 ) -> PolicyLoss:  # fmt: skip
     """The share of one pass in the loss of the optimizer step, for hidden_states (N, D).
 
@@ -31,6 +31,7 @@ def policy_pass_loss(
         objective=objective,
         old_logps=batch.old_logps,
         ref_logps=batch.ref_logps,
+        rollout_weights=batch.rollout_weights,
         temperature=temperature,
         entropy_coef=entropy_coef,
     )

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastrl.methods.inputs import StepInputs
 from fastrl.packing import PackedPass
 from fastrl.selection import zero_spread_fraction
 from fastrl.types import Rewards, Rollouts, StepMetrics
-from fastrl_kernels import PolicyLoss
+from fastrl_kernels import PolicyLoss, token_loss
+from fastrl_kernels.objectives import Objective, policy_gradient
 
 GIB = 2**30
 
@@ -29,9 +31,11 @@ class TokenRecord:
     logps: Tensor
     old_logps: Tensor
     entropies: Tensor
-    advantages: Tensor
+    advantages: Tensor | None  # None where the loss compares completions
+    clipped: Tensor  # bool
     rollout_logps: Tensor | None
     ref_logps: Tensor | None
+    rollout_weights: Tensor | None
 
 
 class Stopwatch:
@@ -57,7 +61,9 @@ def rollout_metrics(rollouts: Rollouts, rewards: Rewards, *, pass_threshold: flo
         "reward": float(rewards.total.double().mean()),
         "reward_std": float(groups.std(dim=1, correction=0).mean()),
         "pass_rate": float((rewards.total >= pass_threshold).double().mean()),
-        "frac_reward_zero_std": zero_spread_fraction(rewards.total, rollouts.num_generations),
+        "frac_reward_zero_std": zero_spread_fraction(
+            rewards.total, torch.arange(len(groups)).repeat_interleave(groups.shape[1])
+        ),
         "completions/clipped_ratio": float((~rollouts.finished).double().mean()),
     }
     for name, values in (("length", lengths), ("terminated_length", terminated)):
@@ -71,30 +77,62 @@ def rollout_metrics(rollouts: Rollouts, rewards: Rewards, *, pass_threshold: flo
     return metrics
 
 
-def token_metrics(
-    record: TokenRecord | None, *, epsilon_low: float, epsilon_high: float
-) -> StepMetrics:
+def token_metrics(record: TokenRecord | None) -> StepMetrics:
     """Entropy, clipping and divergences over the trained tokens; none if nothing was trained."""
     if record is None:
         return {}
-    ratios = (record.logps - record.old_logps).clamp(-20, 20).exp()
-    low = (ratios < 1 - epsilon_low) & (record.advantages < 0)
-    high = (ratios > 1 + epsilon_high) & (record.advantages > 0)
+    ones = torch.ones_like(record.logps)
+    found = token_loss(
+        record.logps, record.entropies, ones, ones, objective=Objective(policy_gradient),
+        old_logps=record.old_logps, ref_logps=record.ref_logps,
+        rollout_weights=record.rollout_weights,
+    )  # fmt: skip
     metrics = {
-        "entropy": float(record.entropies.mean()),
-        "clip_ratio/low_mean": float(low.double().mean()),
-        "clip_ratio/high_mean": float(high.double().mean()),
-        "clip_ratio/region_mean": float((low | high).double().mean()),
+        "entropy": float(found.entropy),
+        **_clip_metrics(record),
+        "ratio/max": float(found.max_ratio),
+        **{f"old_kl/k{k}": float(getattr(found, f"old_k{k}")) for k in (1, 2, 3)},
     }
     if record.ref_logps is not None:
-        delta = (record.logps - record.ref_logps).clamp(-20, 20)
-        metrics["kl"] = float(((-delta).exp() - 1 + delta).mean())
+        metrics["kl"] = float(found.ref_k3)
+        metrics |= {f"ref_kl/k{k}": float(getattr(found, f"ref_k{k}")) for k in (1, 2, 3)}
+    if record.rollout_weights is not None:
+        metrics["sampling/effective_samples"] = float(found.effective_samples)
     if record.rollout_logps is not None:
         # The sampler and the trainer run the same weights: what is left is rounding.
         difference = (record.old_logps - record.rollout_logps).abs()
         metrics["sampling/sampling_logp_difference/mean"] = float(difference.mean())
         metrics["sampling/sampling_logp_difference/max"] = float(difference.max())
     return metrics
+
+
+def _clip_metrics(record: TokenRecord) -> StepMetrics:
+    """Fractions that the surrogate stopped: upwards, downwards, and by a bound on bad tokens."""
+    if record.advantages is None:
+        return {}
+    fell = record.logps <= record.old_logps
+    is_bad = record.advantages < 0
+    fractions = {
+        "low": record.clipped & is_bad & fell,
+        "high": record.clipped & (record.advantages > 0),
+        "dual": record.clipped & is_bad & ~fell,
+        "region": record.clipped,
+    }
+    return {f"clip_ratio/{name}_mean": float(x.double().mean()) for name, x in fractions.items()}
+
+
+def advantage_metrics(inputs: StepInputs) -> StepMetrics:
+    """The fraction of counted completions that have no advantage anywhere."""
+    if inputs.advantages is None:
+        return {}
+    counted = inputs.lengths > 0
+    has_advantage = inputs.advantages != 0
+    if inputs.completion_index is not None:
+        found = torch.zeros_like(counted)
+        found[inputs.completion_index[has_advantage]] = True
+        has_advantage = found
+    idle = counted & ~has_advantage
+    return {"advantages/zero_fraction": int(idle.sum()) / max(int(counted.sum()), 1)}
 
 
 def packing_metrics(passes: Sequence[PackedPass]) -> StepMetrics:
@@ -123,9 +161,13 @@ def speed_metrics(
 
 
 def record_tokens(
-    rollouts: Rollouts, passes: Sequence[PackedPass], losses: Sequence[PolicyLoss]
-) -> TokenRecord | None:
-    """The trained tokens of all passes side by side; None if there are none."""
+    rollouts: Rollouts, passes: Sequence[PackedPass], losses: Sequence[PolicyLoss],
+    clipped: Sequence[Tensor | None], advantages: Tensor | None,
+) -> TokenRecord | None:  # fmt: skip
+    """The trained tokens of all passes side by side; None if there are none.
+
+    clipped: of each pass, where the loss itself does not know; advantages: (B,) or (S,).
+    """
     if not passes:
         return None
 
@@ -137,20 +179,26 @@ def record_tokens(
     rows = torch.cat([batch.completion_index.unique_consecutive() for batch in batches]).tolist()
     sampled = rollouts.rollout_logps
     logps = gather(loss.logps for loss in losses)
+    assert logps is not None
     entropies = gather(loss.entropies for loss in losses)
     old_logps = gather(batch.old_logps for batch in batches)
-    advantages = gather(batch.advantages for batch in batches)
-    assert logps is not None
+    if advantages is not None and advantages.shape != logps.shape:
+        advantages = advantages[torch.cat([batch.completion_index for batch in batches]).cpu()]
+    stopped = [
+        loss.clipped if known is None else known
+        for loss, known in zip(losses, clipped, strict=True)
+    ]
     assert entropies is not None
     assert old_logps is not None
-    assert advantages is not None
     return TokenRecord(
         logps=logps,
         old_logps=old_logps,
         entropies=entropies,
         advantages=advantages,
+        clipped=torch.cat([item.cpu() for item in stopped]),
         rollout_logps=None if sampled is None else gather(sampled[row] for row in rows),
         ref_logps=gather(batch.ref_logps for batch in batches),
+        rollout_weights=gather(batch.rollout_weights for batch in batches),
     )
 
 

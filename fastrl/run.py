@@ -27,6 +27,7 @@ from fastrl.config import Config
 from fastrl.config_io import load_config, save_config
 from fastrl.errors import InputError, NotFiniteError
 from fastrl.evaluate import Evaluation, evaluate_policy
+from fastrl.methods.needs import requirements
 from fastrl.metrics import peak_memory_bytes
 from fastrl.policy import load_policy
 from fastrl.progress import make_progress
@@ -128,7 +129,8 @@ class Run:
     def _reference(self) -> None:
         """Freeze the policy that training starts from, where the method stays close to it."""
         trainer = self.trainer
-        if trainer.method.beta == 0.0 or trainer.reference is not None:
+        needs_reference = "ref_logps" in requirements(trainer.method)
+        if not needs_reference or trainer.reference is not None:
             return
         trainer.reference = trainer.policy.frozen_copy()
         save_policy(self.directory / "reference", trainer.reference)
@@ -145,6 +147,7 @@ class Run:
                 time.perf_counter() - started,
                 step=step + 1,
                 num_tokens=self.state.num_tokens + _num_tokens(output),
+                controllers=trainer.adaptation.state_dict(),
             )
             output.metrics["num_tokens"] = float(self.state.num_tokens)
             self.log.step(step + 1, output)
@@ -244,10 +247,12 @@ def _prepare(config: Config, directory: Path, checkpoint: Path | None) -> Run:
     state = load_state(checkpoint)
     if state.step > config.max_steps:
         raise InputError(f"max_steps is {config.max_steps} but {checkpoint.name} is past it")
-    if trainer.method.beta > 0.0 and state.step > 0:
+    trainer.method = trainer.adaptation.load_state_dict(state.controllers, trainer.method)
+    if "ref_logps" in requirements(trainer.method) and state.step > 0:
         if not (directory / "reference").is_dir():
             raise InputError(
-                f"{directory} has no reference policy: the run began with beta 0; keep it so"
+                f"{directory} has no reference policy: the run began without one; keep to a method "
+                "that needs none"
             )
         trainer.reference = load_policy(config.model, directory / "reference").frozen_copy()
     return Run(config, directory, trainer, state, checkpoint)

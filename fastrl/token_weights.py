@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.ragged import sums
+from fastrl.ragged import means, number_of, sums
 
 
 class ClipBounds(NamedTuple):
@@ -98,6 +98,24 @@ def curvature(
     return kept.to(logps.dtype)
 
 
+def failure_rates(
+    rewards: Tensor, groups: Tensor, completion_index: Tensor, *, lowest: float = 0.02,
+    highest: float = 0.98, pass_threshold: float = 0.5,
+) -> Tensor:  # fmt: skip
+    """Share of a prompt's completions that fail: hard prompts count more (NFT, arXiv:2505.18116).
+
+    lowest, highest: where the pass rate is clipped.
+    """
+    rates = pass_rates(rewards, groups, pass_threshold=pass_threshold).clamp(lowest, highest)
+    return (1 - rates)[groups][completion_index]
+
+
+def pass_rates(rewards: Tensor, groups: Tensor, *, pass_threshold: float = 0.5) -> Tensor:
+    """(P,) share of the completions of each prompt that pass."""
+    passed = (rewards >= pass_threshold).to(rewards.dtype)
+    return means(passed, groups, number_of(groups))
+
+
 def probability_power(logps: Tensor, *, power: float) -> Tensor:
     """p^power of the sampled token: above 0 unlikely tokens count less."""
     return (power * logps).exp()
@@ -131,6 +149,7 @@ TOKEN_WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "advantage_entropy": advantage_entropy,
     "clip_covariance": clip_covariance,
     "curvature": curvature,
+    "failure_rates": failure_rates,
     "probability_power": probability_power,
     "entropy_redistribution": entropy_redistribution,
 }

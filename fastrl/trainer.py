@@ -14,15 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.advantages import ADVANTAGES
-from fastrl.aggregation import AGGREGATIONS
 from fastrl.config import Config
 from fastrl.encoding import decode_completions, encode_prompts, encode_solution
 from fastrl.loss import policy_pass_loss
-from fastrl.methods import Method
+from fastrl.methods.adaptation import Adaptation
+from fastrl.methods.coefficients import completion_weights
+from fastrl.methods.inputs import StepInputs
+from fastrl.methods.record import Method
 from fastrl.metrics import (
     GIB,
     Stopwatch,
+    advantage_metrics,
     packing_metrics,
     peak_memory_bytes,
     record_tokens,
@@ -32,14 +34,23 @@ from fastrl.metrics import (
 )
 from fastrl.optim import clip_gradient, make_adamw, scheduled_learning_rate, set_learning_rate
 from fastrl.packing import PackedPass, pack_rollouts
+from fastrl.phases import (
+    Prepared,
+    prepare,
+    rows_to_train,
+    start_inputs,
+    step_loss,
+    with_old_logps,
+    with_sampler_logps,
+)
 from fastrl.policy import Policy
 from fastrl.rewards import Reward, score_completions
 from fastrl.rollout import Sampling, make_engine
 from fastrl.seeding import make_generator
-from fastrl.selection import counted_lengths, with_gradient
+from fastrl.selection import counted_lengths
 from fastrl.tasks import Task
 from fastrl.types import Example, Prompts, Rewards, Rollouts, StepMetrics
-from fastrl_kernels import PolicyLoss, linear_logps
+from fastrl_kernels import LinearLogps, PolicyLoss, linear_logps
 from fastrl_kernels.head import accumulation_dtype
 
 
@@ -60,6 +71,9 @@ class Update(NamedTuple):
     grad_norm: float
     passes: tuple[PackedPass, ...]
     losses: tuple[PolicyLoss, ...]
+    inputs: StepInputs
+    loss: float = 0.0
+    clipped: tuple[Tensor | None, ...] = ()
 
 
 class Trainer:
@@ -74,6 +88,7 @@ class Trainer:
         self.task = task
         self.rewards = tuple(rewards)
         self.method = method
+        self.adaptation = Adaptation(method)
         self.reference = reference
         self.engine = make_engine(config.rollout.engine, policy)
         self.sampling = Sampling(
@@ -100,12 +115,13 @@ class Trainer:
         texts = decode_completions(rollouts.completion_ids, self.policy.tokenizer)
         rewards = score_completions(rollouts, texts, self.rewards)
         watch.lap("score")
-        advantages = self.advantages(rewards)
-        weights, kept = self.select(rollouts, advantages)
-        passes = self.pack(rollouts, kept, advantages, weights)
-        update = self.update(passes, step)
+        inputs = self.inputs(rollouts, rewards, step)
+        inputs, passes = self.pack(rollouts, inputs)
+        update = self.update(rollouts, inputs, passes, step)
         watch.lap("train")
         metrics = self.metrics(step, rollouts, rewards, update, watch)
+        num_completions = len(rollouts.completion_ids)
+        self.method = self.adaptation.update(self.method, metrics, num_completions)
         return StepOutput(metrics, rollouts, texts, rewards)
 
     def prompts(self, step: int) -> Prompts:
@@ -133,73 +149,92 @@ class Trainer:
         generator = make_generator(self.policy.device, self.config.seed, "rollout", step)
         return self.engine.generate(prompts, self.sampling, generator)
 
-    def advantages(self, rewards: Rewards) -> Tensor:
-        """(B,) float64."""
-        estimate = ADVANTAGES[self.method.advantage]
-        return estimate(rewards.total.double(), self.sampling.num_generations)
-
-    def select(self, rollouts: Rollouts, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) weights over the whole step, and (B,) bool: the rows whose gradient is not zero."""
-        objective = self.config.objective
+    def inputs(self, rollouts: Rollouts, rewards: Rewards, step: int) -> StepInputs:
+        """What the method may ask for before any token is looked at."""
         lengths = counted_lengths(
-            rollouts, mask_truncated_completions=objective.mask_truncated_completions
+            rollouts, mask_truncated_completions=self.method.mask_truncated_completions
         )
-        weights = AGGREGATIONS[self.method.aggregation](
-            lengths, rollouts.num_generations, self.sampling.max_completion_length
+        return start_inputs(
+            rollouts,
+            rewards,
+            lengths,
+            max_completion_length=self.sampling.max_completion_length,
+            progress=step / self.config.max_steps,
+            generator=make_generator(torch.device("cpu"), self.config.seed, "method", step),
         )
-        has_penalty = self.method.beta > 0 or objective.entropy_coef > 0
-        return weights, with_gradient(advantages, lengths, has_penalty=has_penalty)
 
-    def pack(
-        self, rollouts: Rollouts, kept: Tensor, advantages: Tensor, weights: Tensor
-    ) -> list[PackedPass]:
-        """The kept rows as packed passes, with the log-probabilities of the reference if any."""
+    def pack(self, rollouts: Rollouts, inputs: StepInputs) -> tuple[StepInputs, list[PackedPass]]:
+        """The rows that need work as packed passes, with the reference's log-probabilities if any.
+
+        Where advantages come before tokens, they are in the passes, and rows whose gradient is
+        zero by construction are not; where tokens come first, every counted row is there.
+        """
+        inputs, advantages, kept = rows_to_train(self.method, inputs)
         passes = pack_rollouts(
             rollouts,
             kept,
             advantages,
-            weights,
+            completion_weights(self.method, inputs),
             max_tokens_per_pass=self.config.max_tokens_per_pass,
             device=self.policy.device,
             dtype=accumulation_dtype(self.policy.lm_head.weight.dtype),
         )
-        return passes if self.reference is None else [self._with_ref_logps(p) for p in passes]
+        if self.method.ratio_to_sampler:
+            passes = with_sampler_logps(rollouts, passes)
+        if self.reference is not None:
+            passes = [self._with_ref_logps(item) for item in passes]
+        return inputs, passes
 
-    def update(self, passes: Sequence[PackedPass], step: int) -> Update:
+    def update(
+        self, rollouts: Rollouts, inputs: StepInputs, passes: Sequence[PackedPass], step: int
+    ) -> Update:
         """`num_iterations` optimizer steps; none if there is no row to learn from."""
         learning_rate = scheduled_learning_rate(self.config.optim, step, self.config.max_steps)
         set_learning_rate(self.optimizer, learning_rate)
-        result = Update(learning_rate, 0.0, tuple(passes), ())
-        for _ in range(self.config.objective.num_iterations if passes else 0):
-            losses = self._backward(passes)
-            passes = _with_old_logps(passes, losses)
-            result = Update(learning_rate, self._optimizer_step(), tuple(passes), tuple(losses))
+        result = Update(learning_rate, 0.0, tuple(passes), (), inputs)
+        for iteration in range(self.config.objective.num_iterations if passes else 0):
+            inputs, ready = prepare(
+                self.method, rollouts, inputs, passes, self._policy_statistics,
+                is_first=iteration == 0,
+            )  # fmt: skip
+            losses = self._backward(ready)
+            passes = with_old_logps(ready.passes, losses)
+            result = Update(
+                learning_rate, self._optimizer_step(), tuple(passes), tuple(losses), inputs,
+                step_loss(ready, losses), tuple(item.clipped for item in ready.coefficients),
+            )  # fmt: skip
         return result
 
     @torch.no_grad()
-    def _with_ref_logps(self, item: PackedPass) -> PackedPass:
-        """The pass with log-probabilities under the reference, through the same plan."""
-        assert self.reference is not None
-        hidden = self.reference.hidden_states(item.plan)
-        out = linear_logps(
-            hidden[item.plan.source_index],
-            self.reference.lm_head,
+    def _statistics(self, policy: Policy, item: PackedPass) -> LinearLogps:
+        """Log-probabilities and entropies of a pass under a policy, without gradient."""
+        return linear_logps(
+            policy.hidden_states(item.plan)[item.plan.source_index],
+            policy.lm_head,
             item.plan.target_ids,
             temperature=self.sampling.temperature,
         )
-        return PackedPass(item.plan, dataclasses.replace(item.batch, ref_logps=out.logps))
 
-    def _backward(self, passes: Sequence[PackedPass]) -> list[PolicyLoss]:
+    def _policy_statistics(self, item: PackedPass) -> LinearLogps:
+        return self._statistics(self.policy, item)
+
+    def _with_ref_logps(self, item: PackedPass) -> PackedPass:
+        """The pass with log-probabilities under the reference, through the same plan."""
+        assert self.reference is not None
+        logps = self._statistics(self.reference, item).logps
+        return PackedPass(item.plan, dataclasses.replace(item.batch, ref_logps=logps))
+
+    def _backward(self, ready: Prepared) -> list[PolicyLoss]:
         """Accumulate the gradient of the whole step, one pass in memory at a time."""
         losses = []
-        for item in passes:
+        for item, constants in zip(ready.passes, ready.coefficients, strict=True):
             loss = policy_pass_loss(
                 self.policy.hidden_states(item.plan),
                 self.policy.lm_head,
                 item.batch,
-                objective=self.method.objective,
+                objective=constants.objective,
                 temperature=self.sampling.temperature,
-                entropy_coef=self.config.objective.entropy_coef,
+                entropy_coef=constants.entropy_coef,
             )
             loss.loss.backward()
             losses.append(loss._replace(loss=loss.loss.detach()))
@@ -219,26 +254,17 @@ class Trainer:
         """Everything that is logged about the step."""
         threshold = self.config.eval.pass_threshold
         return {
-            "loss": sum(float(item.loss) for item in update.losses),
+            "loss": update.loss,
             "grad_norm": update.grad_norm,
             "learning_rate": update.learning_rate,
             **rollout_metrics(rollouts, rewards, pass_threshold=threshold),
             **token_metrics(
-                record_tokens(rollouts, update.passes, update.losses),
-                epsilon_low=self.method.epsilon_low,
-                epsilon_high=self.method.epsilon_high,
+                record_tokens(
+                    rollouts, update.passes, update.losses, update.clipped, update.inputs.advantages
+                )
             ),
+            **advantage_metrics(update.inputs),
             **packing_metrics(update.passes),
             **speed_metrics(watch, rollouts, update.passes),
             "memory/peak_gib": peak_memory_bytes(self.policy.device) / GIB,
         }
-
-
-def _with_old_logps(passes: Sequence[PackedPass], losses: Sequence[PolicyLoss]) -> list[PackedPass]:
-    """The first iteration's log-probabilities are the old policy's: no extra forward."""
-    return [
-        item
-        if item.batch.old_logps is not None
-        else PackedPass(item.plan, dataclasses.replace(item.batch, old_logps=loss.logps))
-        for item, loss in zip(passes, losses, strict=True)
-    ]

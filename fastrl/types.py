@@ -122,6 +122,7 @@ class Batch:
     token_weights: Tensor  # (S,), normalised over the whole optimizer step
     old_logps: Tensor | None = None  # (S,)
     ref_logps: Tensor | None = None  # (S,)
+    rollout_weights: Tensor | None = None  # (S,) corrections for the sampler's rounding or age
 
     def __post_init__(self) -> None:
         num_packed = self.input_ids.shape[0]
@@ -131,7 +132,7 @@ class Batch:
             f"position_ids and segments must cover {num_packed} packed tokens",
         )
         for name in ("source_index", "completion_index", "advantages", "token_weights",
-                     "old_logps", "ref_logps"):  # fmt: skip
+                     "old_logps", "ref_logps", "rollout_weights"):  # fmt: skip
             value = getattr(self, name)
             _require(
                 value is None or value.shape == (num_tokens,),

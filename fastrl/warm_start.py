@@ -45,7 +45,7 @@ class WarmStart:
             solutions,
             kept=torch.ones(size, dtype=torch.bool),
             advantages=torch.ones(size),
-            completion_weights=token_mean(solutions.lengths, 1, 1),
+            completion_weights=token_mean(solutions.lengths),
             max_tokens_per_pass=self.config.max_tokens_per_pass,
             device=self.policy.device,
             dtype=self.policy.lm_head.weight.dtype,

@@ -9,6 +9,7 @@ from fastrl.advantages import group_relative
 from fastrl.aggregation import token_mean
 from fastrl.loss import policy_pass_loss
 from fastrl.methods import METHODS
+from fastrl.methods.coefficients import token_objective
 from fastrl.packing import pack, pack_rollouts
 from fastrl.rollout import Sampling, make_engine
 from fastrl.types import Example, Prompts
@@ -65,16 +66,17 @@ def test_a_step_from_rollouts_to_weights_is_the_same_twice():
         engine = make_engine("generate", policy)
         rollouts = engine.generate(prompts, Sampling(4, 6), generator)
         rewards = torch.tensor([float(c.sum() % 7) for c in rollouts.completion_ids]).double()
+        groups = torch.arange(12) // 4
         passes = pack_rollouts(
-            rollouts, torch.ones(12, dtype=torch.bool), group_relative(rewards, 4),
-            token_mean(rollouts.lengths, 4, 6), max_tokens_per_pass=40, device=policy.device,
+            rollouts, torch.ones(12, dtype=torch.bool), group_relative(rewards, groups),
+            token_mean(rollouts.lengths), max_tokens_per_pass=40, device=policy.device,
         )  # fmt: skip
         optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3)
         for item in passes:
             batch = dataclasses.replace(item.batch, old_logps=None)
             loss = policy_pass_loss(
                 policy.hidden_states(item.plan), policy.lm_head, batch,
-                objective=METHODS["grpo"].objective, temperature=1.0, entropy_coef=0.0,
+                objective=token_objective(METHODS["grpo"]), temperature=1.0, entropy_coef=0.0,
             )  # fmt: skip
             loss.loss.backward()
         optimizer.step()

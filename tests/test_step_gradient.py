@@ -8,9 +8,12 @@ import torch
 from fastrl.aggregation import AGGREGATIONS
 from fastrl.loss import policy_pass_loss
 from fastrl.methods import METHODS
+from fastrl.methods.coefficients import completion_weights, token_objective
+from fastrl.methods.record import Method, use
 from fastrl.packing import PackedPass, pack, pack_rollouts
+from fastrl.phases import start_inputs
 from fastrl.selection import with_gradient
-from fastrl.types import Batch
+from fastrl.types import Batch, Rewards
 from fastrl_kernels import LMHead
 from tests.helpers import random_rollouts, tiny_model, with_float64_norms
 
@@ -27,11 +30,19 @@ def step_gradient(model, passes: list[PackedPass], *, entropy_coef=0.0, method="
             hidden = model.model(**item.plan.inputs).last_hidden_state[0]
         loss = policy_pass_loss(
             hidden, LMHead.from_model(model), item.batch,
-            objective=METHODS[method].objective, temperature=0.9, entropy_coef=entropy_coef,
+            objective=token_objective(METHODS[method]), temperature=0.9, entropy_coef=entropy_coef,
         ).loss  # fmt: skip
         loss.backward()
         total += float(loss.detach())
     return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def completion_weights_of(aggregation, rollouts):
+    rewards = Rewards(torch.zeros(len(rollouts.completion_ids)), {})
+    inputs = start_inputs(
+        rollouts, rewards, rollouts.lengths, max_completion_length=12, progress=0.0
+    )
+    return completion_weights(Method("", "", "", aggregation=use(aggregation)), inputs)
 
 
 def one_row_each(rollouts, advantages, weights) -> list[PackedPass]:
@@ -59,7 +70,7 @@ def test_any_packing_gives_the_same_gradient(aggregation):
     rollouts = random_rollouts(PROMPTS, COMPLETIONS)
     generator = torch.Generator().manual_seed(3)
     advantages = torch.randn(12, generator=generator, dtype=torch.float64)
-    weights = AGGREGATIONS[aggregation](rollouts.lengths, 4, 12)
+    weights = completion_weights_of(aggregation, rollouts)
 
     def packed(budget):
         kept = torch.ones(12, dtype=torch.bool)
@@ -84,7 +95,7 @@ def test_rows_without_advantage_may_be_left_out():
     model = with_float64_norms(tiny_model())
     rollouts = random_rollouts(PROMPTS, COMPLETIONS)
     advantages = torch.tensor([1.0, -1, 0, 0, 0, 0, 0, 0, 0.5, 0, -0.5, 0], dtype=torch.float64)
-    weights = AGGREGATIONS["token_mean"](rollouts.lengths, 4, 12)
+    weights = completion_weights_of("token_mean", rollouts)
     results = []
     for kept in (
         torch.ones(12, dtype=torch.bool),
@@ -108,7 +119,7 @@ def test_gradient_is_that_of_the_written_out_loss():
     rollouts = random_rollouts(PROMPTS, COMPLETIONS)
     generator = torch.Generator().manual_seed(4)
     advantages = torch.randn(12, generator=generator, dtype=torch.float64)
-    weights = AGGREGATIONS["token_mean"](rollouts.lengths, 4, 12)
+    weights = completion_weights_of("token_mean", rollouts)
     kept = torch.ones(12, dtype=torch.bool)
     (item,) = pack_rollouts(
         rollouts, kept, advantages, weights,

@@ -14,6 +14,7 @@ from fastrl.token_weights import (
     curvature,
     entropy_clip_bounds,
     entropy_redistribution,
+    failure_rates,
     high_entropy,
     kept_lengths,
     probability_power,
@@ -45,6 +46,9 @@ def random_data(num_tokens: int, dtype=torch.float64) -> dict[str, torch.Tensor]
         "sum_p3": p**3,
         "squared_hidden_norms": 1000 * normal().square(),
         "generator": generator(),
+        "rewards": torch.tensor([1, 0, 0, 1], dtype=dtype),
+        "groups": torch.tensor([0, 0, 0, 1]),
+        "completion_index": torch.arange(num_tokens) * 4 // max(num_tokens, 1),
     }
 
 
@@ -274,3 +278,14 @@ def test_kept_lengths_count_weights_that_are_not_zero():
 def test_a_fraction_is_a_share_of_the_tokens(fraction):
     with pytest.raises(ValueError, match="fraction of the tokens"):
         high_entropy(torch.ones(3), fraction=fraction)
+
+
+def test_failure_rates_count_hard_prompts_more():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.5], dtype=torch.float64)
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    completion_index = torch.tensor([0, 0, 1, 4, 6, 6])
+    weights = failure_rates(rewards, groups, completion_index)
+    expected = torch.tensor([0.75, 0.75, 0.75, 0.02, 0.02, 0.02], dtype=torch.float64)
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-15)
+    strict = failure_rates(rewards, groups, completion_index, pass_threshold=1.0)
+    assert strict[3:].tolist() == pytest.approx([1 / 3] * 3)

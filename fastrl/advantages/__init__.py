@@ -45,8 +45,10 @@ from fastrl.advantages.groups import (
     group_relative,
     leave_one_out,
     length_weighted,
+    outcome_sign,
     pass_at_k_max,
     token_group_relative,
+    unit,
 )
 from fastrl.advantages.scans import discounted_returns
 from fastrl.advantages.statistics import STD_EPSILON, STD_FLOOR, whiten
@@ -84,6 +86,8 @@ _COMPARE_A_GROUP: dict[str, AdvantageEstimator] = {
 ADVANTAGES: dict[str, AdvantageEstimator] = {
     **_COMPARE_A_GROUP,
     "batch_centred": batch_centred,
+    "outcome_sign": outcome_sign,
+    "unit": unit,
     "baseline_centred": baseline_centred,
     "baseline_whitened": baseline_whitened,
     "reference_value_centred": reference_value_centred,
@@ -140,6 +144,7 @@ __all__ = [
     "log_mean_exp_value",
     "mixed",
     "optimal_token_baseline",
+    "outcome_sign",
     "pass_at_k_max",
     "reference_margin",
     "reference_value_centred",
@@ -147,6 +152,7 @@ __all__ = [
     "token_group_relative",
     "truncated_advantages",
     "uncertainty_scaled",
+    "unit",
     "value_targets",
     "whiten",
     "whitened_generalized_advantages",

@@ -47,6 +47,16 @@ def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
     return centred * sizes / (sizes - 1).clamp(min=1)
 
 
+def unit(rewards: Tensor) -> Tensor:
+    """1 for every completion: supervised learning on what the selection kept."""
+    return torch.ones_like(rewards)
+
+
+def outcome_sign(rewards: Tensor, *, pass_threshold: float = 0.5) -> Tensor:
+    """+1 for a completion that passes and -1 for one that does not."""
+    return torch.where(rewards >= pass_threshold, 1.0, -1.0).to(rewards.dtype)
+
+
 def batch_centred(rewards: Tensor) -> Tensor:
     """r - mean of the whole batch (REINFORCE with a baseline, Williams 1992); needs no groups."""
     return centre(rewards)

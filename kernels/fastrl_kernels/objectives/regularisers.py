@@ -48,6 +48,14 @@ def k3(logp, ref_logp):
     return k3_penalty(logp - ref_logp)
 
 
+def k3_old(logp, old_logp):
+    """exp(-d) - 1 + d: k3 towards the old policy (TRPA, arXiv:2504.04524).
+
+    In the first pass over a batch it is zero and has no slope.
+    """
+    return k3_penalty(logp - old_logp)
+
+
 def k3_plus(logp, ref_logp):
     """The value of k3 with the slope of k2, which is that of KL(policy || ref) on-policy (verl)."""
     delta = logp - ref_logp
@@ -155,6 +163,7 @@ REGULARISERS: dict[str, Callable[..., Any]] = {
         k1_score,
         k2,
         k3,
+        k3_old,
         k3_plus,
         k3_is,
         k2_is,

@@ -1,0 +1,203 @@
+"""From a method and the tokens of a step to the numbers that one pass of the loss needs of each.
+
+The loss of a token is -rollout_weight * surrogate + penalties - entropy bonus, times its weight.
+Where a method looks past single tokens, at the sequence, the group or the batch, that is done here
+on log-probabilities without gradient, and what is left for each token is one slope.
+Legend: B completions, S trained tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl.advantages import PER_TOKEN
+from fastrl.methods.axes import hyper_parameters_of
+from fastrl.methods.inputs import StepInputs, apply
+from fastrl.methods.record import Method, Penalty
+from fastrl.preferences import LOSSES, PAIRINGS, PreferenceInputs, preference_terms
+from fastrl.reward_shaping import TOKEN_REWARD_SHAPINGS
+from fastrl.token_weights import LEAVES_DENOMINATOR, kept_lengths
+from fastrl_kernels.objectives import (
+    REGULARISERS,
+    SURROGATES,
+    Objective,
+    Parameter,
+    Regulariser,
+    evaluate,
+    policy_gradient,
+)
+
+
+class Coefficients(NamedTuple):
+    """Everything of the loss but the current policy: (S,) each, in the dtype of the step."""
+
+    objective: Objective
+    advantages: Tensor  # or the slopes that were computed from the whole step
+    token_weights: Tensor
+    rollout_weights: Tensor | None
+    entropy_coef: Parameter
+    loss: Tensor | None = None  # of the whole step, where slopes say nothing of it
+    clipped: Tensor | None = None  # the same
+
+
+def shaped(method: Method, inputs: StepInputs) -> StepInputs:
+    """The step with the method's rewards, of completions and, once there are tokens, of these."""
+    choice = method.reward_shaping
+    if choice is None:
+        return _with_token_rewards(inputs)
+    if choice.name in TOKEN_REWARD_SHAPINGS:
+        inputs = _with_token_rewards(inputs)
+        rewards = apply("reward_shaping", choice, inputs)
+        return dataclasses.replace(inputs, token_rewards=rewards)
+    rewards = apply("reward_shaping", choice, inputs)
+    return _with_token_rewards(dataclasses.replace(inputs, rewards=rewards))
+
+
+def _with_token_rewards(inputs: StepInputs) -> StepInputs:
+    """The reward of a completion on its last token, where tokens are known."""
+    if inputs.completion_index is None:
+        return inputs
+    token_rewards = inputs.rewards[inputs.tokens]
+    token_rewards[:-1][inputs.tokens[1:] == inputs.tokens[:-1]] = 0
+    return dataclasses.replace(inputs, token_rewards=token_rewards)
+
+
+def advantages_of(method: Method, inputs: StepInputs) -> Tensor:
+    """(B,), or (S,) where the estimator looks at tokens."""
+    values: Tensor = apply("advantage", method.advantage, inputs)
+    return values
+
+
+def selected(method: Method, inputs: StepInputs) -> StepInputs:
+    """The step without the completions that the method leaves out; they leave all averages."""
+    if method.selection is None:
+        return inputs
+    kept = apply("selection", method.selection, inputs)
+    return dataclasses.replace(inputs, lengths=inputs.lengths * kept)
+
+
+def completion_weights(method: Method, inputs: StepInputs) -> Tensor:
+    """(B,) weight of every token of a completion; 0 where it is left out."""
+    weights: Tensor = apply("aggregation", method.aggregation, inputs)
+    return torch.where(inputs.lengths > 0, weights, 0)
+
+
+def coefficients(method: Method, inputs: StepInputs) -> Coefficients:
+    """What the loss needs of each token; `inputs` has the advantages of all of them."""
+    if method.loss is not None:
+        return _of_preferences(method, inputs)
+    weights = _token_weights(method, inputs)
+    correction = None
+    if method.rollout_correction is not None:
+        correction = apply("rollout_correction", method.rollout_correction, inputs)
+    penalties = _penalties(method, inputs)
+    assert inputs.advantages is not None
+    if method.surrogate.name in SURROGATES:
+        objective = _surrogate(method, inputs)._replace(regularisers=penalties)
+        return Coefficients(objective, inputs.advantages, weights, correction, method.entropy_coef)
+    terms = apply("surrogate", method.surrogate, inputs)
+    gains = terms.values if correction is None else terms.values * correction
+    return Coefficients(
+        Objective(policy_gradient, (), penalties), terms.slopes, weights, correction,
+        method.entropy_coef, loss=-(weights * gains).sum(),
+        clipped=(terms.slopes == 0) & (inputs.advantages != 0),
+    )  # fmt: skip
+
+
+def per_token(values: Tensor, inputs: StepInputs) -> Tensor:
+    """(S,) from one value for each token or for each completion."""
+    return values if values.shape == inputs.tokens.shape else values[inputs.tokens]
+
+
+def is_per_token(method: Method) -> bool:
+    """Whether the advantages are of tokens."""
+    return method.advantage.name in PER_TOKEN
+
+
+def token_objective(method: Method) -> Objective:
+    """The objective of a method that looks at single tokens only, and computes nothing."""
+    name = method.surrogate.name
+    values = {**hyper_parameters_of("surrogate", name), **method.surrogate.parameters}
+    penalties = tuple(_regulariser(penalty, penalty.beta) for penalty in method.penalties)
+    return Objective(SURROGATES[name], tuple(values.values()), penalties)
+
+
+def _token_weights(method: Method, inputs: StepInputs) -> Tensor:
+    if method.token_weights is None:
+        return completion_weights(method, inputs)[inputs.tokens]
+    factors: Tensor = apply("token_weights", method.token_weights, _with_clipped(method, inputs))
+    if method.token_weights.name in LEAVES_DENOMINATOR:
+        lengths = kept_lengths(factors, inputs.tokens, inputs.lengths)
+        inputs = dataclasses.replace(inputs, lengths=lengths)
+    return factors * completion_weights(method, inputs)[inputs.tokens]
+
+
+def _with_clipped(method: Method, inputs: StepInputs) -> StepInputs:
+    """The step with the tokens that the surrogate alone would stop."""
+    if inputs.logps is None or inputs.old_logps is None or inputs.advantages is None:
+        return inputs
+    if method.surrogate.name not in SURROGATES:
+        return inputs
+    objective = _surrogate(method, inputs)
+    found = evaluate(objective, inputs.logps, inputs.old_logps, None, inputs.advantages)
+    return dataclasses.replace(inputs, clipped=found.clipped)
+
+
+def _surrogate(method: Method, inputs: StepInputs) -> Objective:
+    name = method.surrogate.name
+    given = dict(method.surrogate.parameters)
+    if method.computed is not None:
+        given |= apply("computed", method.computed, inputs)
+    values = {**hyper_parameters_of("surrogate", name), **given}
+    return Objective(SURROGATES[name], tuple(values[key] for key in values))
+
+
+def _penalties(
+    method: Method, inputs: StepInputs, weights: Tensor | None = None
+) -> tuple[Regulariser, ...]:
+    """The regularisers; `weights` where those of the tokens are in the slopes already."""
+    found = []
+    for penalty in method.penalties:
+        coefficient: Parameter = penalty.beta
+        if penalty.tokens is not None:
+            coefficient = penalty.beta * apply("tokens", penalty.tokens, inputs)
+        if weights is not None:
+            coefficient = coefficient * weights
+        found.append(_regulariser(penalty, coefficient))
+    return tuple(found)
+
+
+def _regulariser(penalty: Penalty, coefficient: Parameter) -> Regulariser:
+    name = penalty.regulariser.name
+    values = {**hyper_parameters_of("regulariser", name), **penalty.regulariser.parameters}
+    return Regulariser(REGULARISERS[name], coefficient, tuple(values.values()))
+
+
+def _of_preferences(method: Method, inputs: StepInputs) -> Coefficients:
+    """Slopes of a loss of pairs or groups, which has its own average and no token weights."""
+    assert method.loss is not None
+    assert inputs.logps is not None
+    loss = LOSSES[method.loss.name]
+    given = {
+        field.name: getattr(inputs, field.name)
+        for field in dataclasses.fields(PreferenceInputs)
+        if hasattr(inputs, field.name)
+    }
+    terms = preference_terms(
+        loss,
+        PreferenceInputs(**given),
+        pairing=None if method.pairing is None else PAIRINGS[method.pairing],
+        hyper_parameters=method.loss.parameters,
+    )
+    weights = completion_weights(method, inputs)[inputs.tokens]
+    entropy_coef: Parameter = method.entropy_coef
+    if method.entropy_coef:
+        entropy_coef = method.entropy_coef * weights
+    return Coefficients(
+        Objective(policy_gradient, (), _penalties(method, inputs, weights)), -terms.slopes,
+        torch.ones_like(terms.slopes), None, entropy_coef, loss=terms.loss,
+    )  # fmt: skip

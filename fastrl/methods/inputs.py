@@ -1,0 +1,98 @@
+"""What the functions of a method may ask for, by name, and how each of them is given it.
+
+Legend: B completions, S trained tokens, P prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl.errors import InputError
+from fastrl.methods.axes import AXES, inputs_of
+from fastrl.methods.record import Choice
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One optimizer step as vectors, float64 where they are real; None for what it lacks."""
+
+    rewards: Tensor  # (B,)
+    groups: Tensor  # (B,) int64 prompt of each completion
+    lengths: Tensor  # (B,) int64 trained tokens; 0 where a completion is left out
+    finished: Tensor  # (B,) bool
+    max_completion_length: int
+    progress: Tensor  # () steps done over all steps
+    generator: torch.Generator | None = None
+    reward_parts: Tensor | None = None  # (R, B)
+    completion_index: Tensor | None = None  # (S,) int64 completion of each token
+    logps: Tensor | None = None  # (S,), as all that follow
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+    rollout_logps: Tensor | None = None
+    entropies: Tensor | None = None
+    sum_p2: Tensor | None = None
+    sum_p3: Tensor | None = None
+    token_rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    clipped: Tensor | None = None  # bool
+
+    @property
+    def tokens(self) -> Tensor:
+        """completion_index, of a step whose tokens are known."""
+        assert self.completion_index is not None
+        return self.completion_index
+
+
+STATISTICS = frozenset(
+    {"completion_index", "logps", "old_logps", "entropies", "sum_p2", "sum_p3", "clipped"}
+)
+"""Inputs that only a forward pass of the policy over all tokens of the step gives."""
+PER_TOKEN = STATISTICS | {"ref_logps", "rollout_logps", "token_rewards"}
+"""Inputs with one value for each token, before there are advantages."""
+KNOWN = frozenset(field.name for field in dataclasses.fields(StepInputs))
+WHERE_FROM = {
+    "values": "a critic",
+    "clusters": "answers that are grouped by meaning",
+    "baselines": "a running estimate of every prompt's success",
+    "ref_rewards": "rewards of completions of the reference model",
+    "ref_groups": "rewards of completions of the reference model",
+    "actions": "environments that number the actions of an agent",
+    "tool_calls": "environments that count the calls of a tool",
+    "from_reference": "completions of the reference model",
+    "companions": "a third completion for every pair",
+}
+"""What `fastrl train` cannot give yet, and what it would take."""
+
+
+def missing_inputs(axis: str, name: str) -> list[str]:
+    """Inputs of a choice that no step has."""
+    return sorted(set(inputs_of(axis, name)) - KNOWN)
+
+
+def check_inputs(axis: str, choice: Choice, method: str) -> None:
+    """Raise InputError for a choice that a training step cannot give its inputs."""
+    missing = missing_inputs(axis, choice.name)
+    if missing:
+        sources = sorted({WHERE_FROM.get(name, "data of its own") for name in missing})
+        raise InputError(
+            f"method {method!r}: {axis} {choice.name} needs {', '.join(missing)}, which takes "
+            f"{' and '.join(sources)}; a training run does not have that yet. Choose another "
+            f"{axis}, or call the function yourself"
+        )
+
+
+def apply(axis: str, choice: Choice, inputs: StepInputs) -> Any:
+    """The value of a choice on a step; its inputs are bound by name."""
+    function = AXES[axis][choice.name]
+    values = []
+    for name in inputs_of(axis, choice.name):
+        value = getattr(inputs, name)
+        if value is None:
+            raise InputError(f"{axis} {choice.name} needs {name}, which this step does not have")
+        values.append(value)
+    return function(*values, **choice.parameters)

@@ -1,0 +1,48 @@
+"""What a training step has to do for a method, read off its choices."""
+
+from __future__ import annotations
+
+from fastrl.methods.axes import inputs_of
+from fastrl.methods.inputs import PER_TOKEN
+from fastrl.methods.record import Method
+from fastrl.sequence_surrogates import SEQUENCE_SURROGATES
+
+
+def looks_past_tokens(method: Method) -> bool:
+    """Whether a step needs log-probabilities of all tokens before its first backward pass."""
+    if method.loss is not None or method.surrogate.name in SEQUENCE_SURROGATES:
+        return True
+    asked = {
+        name
+        for axis, choice in method.choices.items()
+        if axis != "surrogate"
+        for name in inputs_of(axis, choice.name)
+    }
+    rules = [penalty.tokens for penalty in method.penalties if penalty.tokens is not None]
+    return bool(asked & PER_TOKEN) or bool(rules) or method.computed is not None
+
+
+def estimates_from_tokens(method: Method) -> bool:
+    """Whether rewards, advantages or the selection are computed from tokens."""
+    axes = ("reward_shaping", "advantage", "selection")
+    chosen = method.choices
+    asked = {name for axis in axes if axis in chosen for name in inputs_of(axis, chosen[axis].name)}
+    return bool(asked & PER_TOKEN)
+
+
+def counts_every_completion(method: Method) -> bool:
+    """Whether completions without an advantage still have a part in what is computed."""
+    batch_wide = method.loss is not None or method.token_weights is not None
+    return batch_wide or method.computed is not None or estimates_from_tokens(method)
+
+
+def requirements(method: Method) -> frozenset[str]:
+    """Names of all inputs that the method's choices ask a step for."""
+    found: set[str] = set()
+    for axis, choice in method.choices.items():
+        found |= set(inputs_of(axis, choice.name))
+    for penalty in method.penalties:
+        found |= set(inputs_of("regulariser", penalty.regulariser.name))
+        if penalty.tokens is not None:
+            found |= set(inputs_of("tokens", penalty.tokens.name))
+    return frozenset(found)

@@ -1,0 +1,85 @@
+"""What a policy-optimisation method is: a choice on every axis, with its numbers and its source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A function of an axis by name, with the hyper-parameters that differ from its own."""
+
+    name: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{name}={value:g}" for name, value in self.parameters.items())
+        return f"{self.name}({given})" if given else self.name
+
+
+def use(name: str, **parameters: Any) -> Choice:
+    """A choice, as the records write it."""
+    return Choice(name, parameters)
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """A regulariser with its weight, on every token or on those that a rule picks."""
+
+    regulariser: Choice
+    beta: float
+    tokens: Choice | None = None
+
+    def __str__(self) -> str:
+        where = f" on {self.tokens}" if self.tokens else ""
+        return f"{self.beta:g} {self.regulariser}{where}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One policy-optimisation method; the defaults are those of most methods."""
+
+    name: str
+    source: str
+    formula: str
+    reward_shaping: Choice | None = None
+    advantage: Choice = field(default_factory=lambda: use("group_relative"))
+    selection: Choice | None = None
+    token_weights: Choice | None = None
+    surrogate: Choice = field(
+        default_factory=lambda: use("clipped_ratio", epsilon_low=0.2, epsilon_high=0.2)
+    )
+    computed: Choice | None = None
+    """Where hyper-parameters of the surrogate come from the batch: a rule that returns them."""
+    penalties: tuple[Penalty, ...] = ()
+    rollout_correction: Choice | None = None
+    ratio_to_sampler: bool = False
+    """The old policy is the one that sampled, by its own log-probabilities: one ratio for both."""
+    aggregation: Choice = field(default_factory=lambda: use("token_mean"))
+    loss: Choice | None = None
+    """A loss of pairs, lists or single completions; it stands in for the advantage, the token
+    weights, the surrogate and its correction."""
+    pairing: str | None = None
+    entropy_coef: float = 0.0
+    controllers: tuple[Choice, ...] = ()
+    """What moves coefficients from step to step, see `fastrl.methods.adaptation`."""
+    mask_truncated_completions: bool = False
+    settings: str = ""
+    """Published settings outside of the loss: generations, batch, learning rate."""
+    missing: str = ""
+    """What the published method has and this record lacks; it cannot be trained without."""
+    unverified: str = ""
+    """Constants that were not found in a paper or in its authors' code."""
+
+    @property
+    def choices(self) -> dict[str, Choice]:
+        """The choices that are in effect, by axis; penalties apart."""
+        axes = ["reward_shaping", "selection", "aggregation"]
+        if self.loss is not None:
+            axes += ["loss"]
+        else:
+            axes += ["advantage", "token_weights", "surrogate", "computed", "rollout_correction"]
+        found = {axis: getattr(self, axis) for axis in axes}
+        return {axis: choice for axis, choice in found.items() if choice is not None}
