@@ -95,17 +95,17 @@ class ObjectiveConfig:
     """Overrides of the method, axis by axis; what is not given is the method's own choice."""
 
     reward_shaping: str | None = None
-    """What becomes of the rewards before they are compared, see `fastrl methods`."""
+    """What becomes of the rewards before they are compared, see `fastrl methods`; none for none."""
     advantage: str | None = None
     """Advantage estimator, see `fastrl methods`."""
     selection: str | None = None
-    """Which completions are trained on, see `fastrl methods`."""
+    """Which completions are trained on, see `fastrl methods`; none for all."""
     token_weights: str | None = None
-    """How much each token counts, see `fastrl methods`."""
+    """How much each token counts, see `fastrl methods`; none for all alike."""
     surrogate: str | None = None
     """What is maximised per token or per completion, see `fastrl methods`."""
     rollout_correction: str | None = None
-    """Weights for what the sampler's and the trainer's log-probabilities differ by."""
+    """Weights for what the sampler's and the trainer's log-probabilities differ by; or none."""
     regulariser: str | None = None
     """Per-token penalty, see `fastrl methods`; k3 where only beta is given."""
     aggregation: str | None = None
@@ -114,7 +114,7 @@ class ObjectiveConfig:
     """A loss of pairs or groups of completions in place of advantage and surrogate."""
     pairing: str | None = None
     """Which completions of a prompt a loss of pairs compares, see `fastrl methods`."""
-    parameters: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, float] = field(default_factory=dict)
     """Hyper-parameters of the choices by name, or by axis.name where the name is not unique."""
     epsilon_low: Fraction | None = None
     """How far below 1 the ratio may fall before its gradient stops."""

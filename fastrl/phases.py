@@ -17,9 +17,9 @@ from fastrl.methods.coefficients import (
     Coefficients,
     advantages_of,
     coefficients,
-    per_token,
     selected,
     shaped,
+    token_advantages,
     token_objective,
 )
 from fastrl.methods.inputs import StepInputs
@@ -76,9 +76,8 @@ def rows_to_train(method: Method, inputs: StepInputs) -> tuple[StepInputs, Tenso
     if method.loss is None:
         advantages = advantages_of(method, inputs)
         inputs = dataclasses.replace(inputs, advantages=advantages)
-    has_penalty = bool(method.penalties) or method.entropy_coef > 0
-    has_penalty = has_penalty or counts_every_completion(method)
-    return inputs, advantages, with_gradient(advantages, inputs.lengths, has_penalty=has_penalty)
+    kept = with_gradient(advantages, inputs.lengths, has_penalty=counts_every_completion(method))
+    return inputs, advantages, kept
 
 
 def with_sampler_logps(rollouts: Rollouts, passes: Sequence[PackedPass]) -> list[PackedPass]:
@@ -164,8 +163,7 @@ def estimated(method: Method, inputs: StepInputs) -> StepInputs:
     """The step with shaped rewards, advantages of every token, and what is left out at length 0."""
     inputs = shaped(method, inputs)
     if method.loss is None:
-        advantages = per_token(advantages_of(method, inputs), inputs)
-        inputs = dataclasses.replace(inputs, advantages=advantages)
+        inputs = dataclasses.replace(inputs, advantages=token_advantages(method, inputs))
     return selected(method, inputs)
 
 

@@ -5,21 +5,16 @@ Legend: B completions, S trained tokens.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from fastrl.methods import Method
 from fastrl.methods.coefficients import (
     Coefficients,
-    advantages_of,
     coefficients,
-    is_per_token,
-    selected,
-    shaped,
 )
 from fastrl.methods.inputs import StepInputs
+from fastrl.phases import estimated
 from fastrl_kernels.objectives import TokenLosses, evaluate
 
 
@@ -71,16 +66,6 @@ def step_inputs(
         sum_p2=sum_p2,
         sum_p3=sum_p2.square(),
     )
-
-
-def estimated(method: Method, inputs: StepInputs) -> StepInputs:
-    """The step with shaped rewards, advantages of all tokens and lengths of the selected."""
-    inputs = shaped(method, inputs)
-    if method.loss is None:
-        values = advantages_of(method, inputs)
-        values = values if is_per_token(method) else values[inputs.tokens]
-        inputs = dataclasses.replace(inputs, advantages=values)
-    return selected(method, inputs)
 
 
 def token_losses(found: Coefficients, inputs: StepInputs) -> TokenLosses:

@@ -134,7 +134,6 @@ REGULARISER_FORMULAS: dict[str, Callable[..., float]] = {
     "k2": lambda x, y: (x - y) ** 2 / 2,
     "k3": lambda x, y: schulman(x - y),
     "k3_old": lambda x, y: schulman(x - y),
-    "k3_old": lambda x, y: schulman(x - y),
     "k3_plus": lambda x, y: schulman(x - y),
     "k3_is": lambda x, y, z: rho(x, y) * schulman(x - z),
     "k2_is": lambda x, y, z: rho(x, y) * (x - z) ** 2 / 2,

@@ -37,6 +37,8 @@ def test_toml_and_flags(tmp_path):
     assert changed.rollout.num_generations == 16
     assert changed.task_args == {"min_terms": 3}
     assert (changed.seed, changed.objective.beta) == (7, 0.1)
+    changed = override_config(config, ["--objective.parameters", "a.b", "0.5"], "fastrl train")
+    assert changed.objective.parameters == {"a.b": 0.5}
     assert config.rollout.num_generations == 4
 
 

@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 
 from fastrl.loss import policy_pass_loss
-from fastrl.methods.coefficients import completion_weights
+from fastrl.methods.axes import hyper_parameters_of
+from fastrl.methods.coefficients import completion_weights, token_advantages
+from fastrl.methods.defaults import DEFAULTS
+from fastrl.methods.inputs import StepInputs
+from fastrl.methods.needs import LEARN_WITHOUT_ADVANTAGE
 from fastrl.methods.record import Method, Penalty, use
 from fastrl.packing import PackedPass, pack_rollouts
 from fastrl.phases import prepare, rows_to_train, start_inputs, step_loss
 from fastrl.types import Rewards, Rollouts
 from fastrl_kernels import LinearLogps, LMHead, linear_logps
+from fastrl_kernels.objectives import SURROGATES, Objective, evaluate
 from tests.helpers import random_rollouts, tiny_model, with_float64_norms
 
 PROMPTS = [5, 9, 2]
@@ -243,3 +248,28 @@ def test_gradient_is_that_of_the_written_out_loss(transcription, budget):
     assert loss == pytest.approx(float(expected_loss.detach()), abs=1e-12)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_surrogates_that_learn_without_an_advantage_are_known():
+    """Rows of zero advantage are left out for all others."""
+    logps, old_logps, advantages = torch.tensor([[-1.0, -1.0], [-1.3, -0.6], [0.0, 0.0]]).double()
+    found = set()
+    for name, function in SURROGATES.items():
+        known = DEFAULTS.get(name, {})
+        values = [known.get(x, 0.5) for x in hyper_parameters_of("surrogate", name)]
+        slopes = evaluate(Objective(function, tuple(values)), logps, old_logps, None, advantages)
+        if slopes.slopes.any():
+            found.add(name)
+    assert found == LEARN_WITHOUT_ADVANTAGE
+
+
+def test_one_token_a_completion_on_average_is_no_advantage_a_token():
+    """As many tokens as completions, but not one of each."""
+    index = torch.tensor([0, 0, 2])
+    inputs = StepInputs(
+        rewards=torch.tensor([1.0, 5.0, 3.0]).double(), groups=torch.tensor([0, 0, 0]),
+        lengths=torch.tensor([2, 0, 1]), finished=torch.ones(3, dtype=torch.bool),
+        max_completion_length=4, progress=torch.zeros(()), completion_index=index,
+    )  # fmt: skip
+    found = token_advantages(Method("m", "", "", advantage=use("group_centred")), inputs)
+    assert found.tolist() == [-2.0, -2.0, 0.0]

@@ -133,3 +133,42 @@ def test_resume_keeps_what_controllers_know(tmp_path, name):
 def test_a_ratio_to_the_sampler_leaves_no_correction():
     with pytest.raises(InputError, match="count them twice"):
         resolve_method("dppo_tv", ObjectiveConfig(rollout_correction="truncated_tokens"))
+
+
+def short_config(directory, objective, **changes):
+    return tiny_config(
+        directory, max_steps=1, objective=objective, warm_start=WarmStartConfig(),
+        data=DataConfig(eval_size=2), eval=EvalConfig(num_samples=1), **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ObjectiveConfig(selection="max_variance_advantages", parameters={"num_kept": 2.0}),
+        ObjectiveConfig(selection="best_and_worst", token_weights="advantage_entropy"),
+        ObjectiveConfig(selection="off_policy_sequence_mask", surrogate="geometric_token_ratio"),
+    ],
+    ids=lambda objective: objective.selection,
+)
+def test_selections_that_look_at_tokens_and_leave_completions_out(tmp_path, objective):
+    train(short_config(tmp_path / "run", objective))
+    (row,) = steps_of(tmp_path / "run")
+    assert row["grad_norm"] > 0
+
+
+def test_none_takes_a_choice_away(tmp_path):
+    for shaping in (None, "none"):
+        run = tmp_path / f"run-{shaping}"
+        train(short_config(run, ObjectiveConfig(reward_shaping=shaping), method="rloo"))
+        assert (run / "reference").is_dir() == (shaping is None)
+    assert resolve_method("tis", ObjectiveConfig(rollout_correction="none")).choices == (
+        METHODS["grpo"].choices
+        | {"aggregation": METHODS["tis"].aggregation, "advantage": METHODS["tis"].advantage}
+    )
+    with pytest.raises(InputError, match=r"unknown objective\.advantage 'none'"):
+        resolve_method("grpo", ObjectiveConfig(advantage="none"))
+    with pytest.raises(InputError, match="must be a whole number"):
+        resolve_method(
+            "grpo", ObjectiveConfig(selection="max_variance", parameters={"num_kept": 2.5})
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,11 +25,11 @@ Function = Callable[..., Any]
 SURROGATE_INPUTS = ("logps", "old_logps", "advantages")
 
 AXES: dict[str, Mapping[str, Any]] = {
-    "reward_shaping": {**REWARD_SHAPINGS, **TOKEN_REWARD_SHAPINGS},
+    "reward_shaping": ChainMap(REWARD_SHAPINGS, TOKEN_REWARD_SHAPINGS),
     "advantage": ADVANTAGES,
     "selection": SELECTIONS,
     "token_weights": TOKEN_WEIGHTS,
-    "surrogate": {**SURROGATES, **SEQUENCE_SURROGATES},
+    "surrogate": ChainMap(SURROGATES, SEQUENCE_SURROGATES),
     "computed": COMPUTED,
     "regulariser": REGULARISERS,
     "tokens": TOKEN_RULES,
@@ -68,6 +69,14 @@ def hyper_parameters_of(axis: str, name: str) -> dict[str, Any]:
     function = chosen.function if axis == "loss" else chosen
     kinds = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in kinds if p.kind is p.KEYWORD_ONLY}
+
+
+def is_whole(axis: str, name: str, key: str) -> bool:
+    """Whether a hyper-parameter counts something."""
+    chosen = AXES[axis][name]
+    function = chosen.function if axis == "loss" else chosen
+    found = inspect.signature(function).parameters.get(key)
+    return found is not None and found.annotation in (int, "int")
 
 
 def first_line(axis: str, name: str) -> str:

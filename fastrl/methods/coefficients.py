@@ -108,14 +108,10 @@ def coefficients(method: Method, inputs: StepInputs) -> Coefficients:
     )  # fmt: skip
 
 
-def per_token(values: Tensor, inputs: StepInputs) -> Tensor:
-    """(S,) from one value for each token or for each completion."""
-    return values if values.shape == inputs.tokens.shape else values[inputs.tokens]
-
-
-def is_per_token(method: Method) -> bool:
-    """Whether the advantages are of tokens."""
-    return method.advantage.name in PER_TOKEN
+def token_advantages(method: Method, inputs: StepInputs) -> Tensor:
+    """(S,) advantages, whatever the estimator looks at."""
+    values = advantages_of(method, inputs)
+    return values if method.advantage.name in PER_TOKEN else values[inputs.tokens]
 
 
 def token_objective(method: Method) -> Objective:
@@ -132,7 +128,7 @@ def _token_weights(method: Method, inputs: StepInputs) -> Tensor:
     factors: Tensor = apply("token_weights", method.token_weights, _with_clipped(method, inputs))
     if method.token_weights.name in LEAVES_DENOMINATOR:
         lengths = kept_lengths(factors, inputs.tokens, inputs.lengths)
-        inputs = dataclasses.replace(inputs, lengths=lengths)
+        inputs = dataclasses.replace(inputs, lengths=lengths * (inputs.lengths > 0))
     return factors * completion_weights(method, inputs)[inputs.tokens]
 
 

@@ -7,6 +7,9 @@ from fastrl.methods.inputs import PER_TOKEN
 from fastrl.methods.record import Method
 from fastrl.sequence_surrogates import SEQUENCE_SURROGATES
 
+OF_TOKENS = PER_TOKEN | {"advantages"}
+"""What a choice asks for that has one value for each token."""
+
 
 def looks_past_tokens(method: Method) -> bool:
     """Whether a step needs log-probabilities of all tokens before its first backward pass."""
@@ -19,7 +22,7 @@ def looks_past_tokens(method: Method) -> bool:
         for name in inputs_of(axis, choice.name)
     }
     rules = [penalty.tokens for penalty in method.penalties if penalty.tokens is not None]
-    return bool(asked & PER_TOKEN) or bool(rules) or method.computed is not None
+    return bool(asked & OF_TOKENS) or bool(rules) or method.computed is not None
 
 
 def estimates_from_tokens(method: Method) -> bool:
@@ -27,13 +30,19 @@ def estimates_from_tokens(method: Method) -> bool:
     axes = ("reward_shaping", "advantage", "selection")
     chosen = method.choices
     asked = {name for axis in axes if axis in chosen for name in inputs_of(axis, chosen[axis].name)}
-    return bool(asked & PER_TOKEN)
+    return bool(asked & OF_TOKENS)
+
+
+LEARN_WITHOUT_ADVANTAGE = frozenset({"kl_penalised_ratio", "log_likelihood", "mirror_descent"})
+"""Surrogates with a slope where the advantage is zero: a penalty inside, or no advantage at all."""
 
 
 def counts_every_completion(method: Method) -> bool:
     """Whether completions without an advantage still have a part in what is computed."""
+    has_penalty = bool(method.penalties) or method.entropy_coef > 0 or bool(method.controllers)
     batch_wide = method.loss is not None or method.token_weights is not None
-    return batch_wide or method.computed is not None or estimates_from_tokens(method)
+    batch_wide = batch_wide or method.computed is not None or estimates_from_tokens(method)
+    return has_penalty or batch_wide or method.surrogate.name in LEARN_WITHOUT_ADVANTAGE
 
 
 def requirements(method: Method) -> frozenset[str]:

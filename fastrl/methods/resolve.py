@@ -11,7 +11,7 @@ from fastrl.advantages import NEEDS_GROUPS, PER_TOKEN
 from fastrl.config import ObjectiveConfig
 from fastrl.errors import InputError, nearest
 from fastrl.methods.adaptation import Adaptation
-from fastrl.methods.axes import AXES, hyper_parameters_of
+from fastrl.methods.axes import AXES, hyper_parameters_of, is_whole
 from fastrl.methods.inputs import check_inputs
 from fastrl.methods.record import Choice, Method, Penalty
 from fastrl.methods.table import METHODS
@@ -24,6 +24,9 @@ OVERRIDES = (
 )  # fmt: skip
 OF_TOKENS = ("advantage", "token_weights", "surrogate", "rollout_correction")
 """Axes that a loss of pairs or groups takes the place of."""
+OPTIONAL = ("reward_shaping", "selection", "token_weights", "rollout_correction")
+NOTHING = "none"
+"""The override that takes a method's choice on an optional axis away."""
 PER_TOKEN_SURROGATES = ("geometric_token_ratio",)
 """Surrogates of sequences that take an advantage for each token."""
 
@@ -82,8 +85,7 @@ def check_method(method: Method) -> None:
     ]
     if unset:
         raise InputError(
-            f"surrogate {name} needs {', '.join(unset)}; set objective.parameters, or objective."
-            "computed if it comes from the batch"
+            f"surrogate {name} needs {', '.join(unset)}; set objective.parameters.{unset[0]}"
         )
     by_sequence = name in SEQUENCE_SURROGATES and name not in PER_TOKEN_SURROGATES
     if by_sequence and method.advantage.name in PER_TOKEN:
@@ -124,6 +126,9 @@ def _with_axes(method: Method, overrides: ObjectiveConfig) -> Method:
     if "loss" in chosen and (method.loss is None or chosen["loss"] != method.loss.name):
         method = dataclasses.replace(method, pairing=None)
     for axis, name in chosen.items():
+        if name == NOTHING and axis in OPTIONAL:
+            method = _with_choice(method, axis, None)
+            continue
         if name not in AXES[axis]:
             raise InputError(
                 f"unknown objective.{axis} {name!r}; {nearest(name, list(AXES[axis]))}"
@@ -191,12 +196,16 @@ def _with_parameters(method: Method, parameters: Mapping[str, Any]) -> Method:
                 f"{', '.join(known) or 'none'}"
             )
         (owner, choice), *_ = owners.items()
+        if is_whole(owner, choice.name, name):
+            if value != int(value):
+                raise InputError(f"objective.parameters: {key} must be a whole number, got {value}")
+            value = int(value)
         changed = Choice(choice.name, {**choice.parameters, name: value})
         method = _with_choice(method, owner, changed)
     return method
 
 
-def _with_choice(method: Method, axis: str, choice: Choice) -> Method:
+def _with_choice(method: Method, axis: str, choice: Choice | None) -> Method:
     changes: dict[str, Any] = {axis: choice}
     return dataclasses.replace(method, **changes)
 
