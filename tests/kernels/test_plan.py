@@ -225,4 +225,4 @@ def test_shape_of_a_head_in_four_bits() -> None:
     weight, _ = random_nf4()
     case = make_case(4)
     shape = shape_of(case.hidden_states, LMHead(weight, vocab_size=117))
-    assert shape == Shape(39, 19, 117, 0, torch.float64, True, False, False, "cpu")
+    assert shape == Shape(39, 19, 117, 0, torch.float64, False, False, "cpu")
