@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastrl.errors import InputError as InputError
     from fastrl.packing import Plan as Plan
     from fastrl.packing import pack as pack
+    from fastrl.packing import pack_tree as pack_tree
     from fastrl.run import train as train
 
 _HOMES = {
@@ -22,10 +23,11 @@ _HOMES = {
     "Plan": "fastrl.packing",
     "load_config": "fastrl.config_io",
     "pack": "fastrl.packing",
+    "pack_tree": "fastrl.packing",
     "train": "fastrl.run",
 }
 
-__all__ = ["Config", "InputError", "Plan", "load_config", "pack", "train"]
+__all__ = ["Config", "InputError", "Plan", "load_config", "pack", "pack_tree", "train"]
 
 
 def __getattr__(name: str) -> Any:
