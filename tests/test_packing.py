@@ -228,13 +228,13 @@ def test_a_split_group_reports_what_it_costs():
         return pack_rollouts(rollouts, kept, ones, ones, **options)
 
     whole, split = passes(1000), passes(16)
-    assert split_cost(whole) == 0
+    dear = passes(16, head_row_cost=1.0)  # one completion a pass of the first and last group
+    assert (split_cost(whole), split_cost(dear)) == (0, 3 * 7 + 3 * 5)
     assert [item.plan.num_repeated_tokens for item in split] == [0, 7, 0, 0, 5]
     total = [sum(len(item.plan.input_ids) for item in chosen) for chosen in (whole, split)]
     assert split_cost(split) == total[1] - total[0] == 12
     plain = passes(16, min_token_ratio=1e9)  # every completion is a group of its own
-    assert split_cost(plain) == 0
-    assert {item.plan.token_ratio for item in plain} == {1.0}
+    assert {(item.plan.token_ratio, item.plan.num_repeated_tokens) for item in plain} == {(1.0, 0)}
     assert max(len(item.plan.input_ids) for item in plain) <= 16
     rows = [item.batch.completion_index.unique_consecutive() for item in plain]
     assert torch.cat(rows).tolist() == list(range(12))

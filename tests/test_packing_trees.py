@@ -130,6 +130,10 @@ def test_trained_on_everything_but_the_first_token_by_default():
     plan = pack_segments([ids([]), ids([4, 5]), ids([6]), ids([])], [-1, 0, 1, 0])
     assert [row.tolist() for row in plan.scatter(plan.target_ids)] == [[], [5], [6], []]
     assert plan.input_ids.tolist() == [4, 5]
+    # Below an empty segment: predicted by the trunk, not by the branch that lies before it.
+    plan = pack_segments([ids([4, 5]), ids([6, 7]), ids([]), ids([8])], [-1, 0, 0, 2])
+    assert plan.input_ids.tolist() == [4, 5, 6]
+    assert plan.source_index.tolist() == [0, 1, 2, 1]
 
 
 def test_a_token_that_sequences_share_and_train_is_there_for_each():
