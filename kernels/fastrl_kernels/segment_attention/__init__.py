@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from fastrl_kernels.implementation import choose_implementation
+from fastrl_kernels.segment_attention.op import path_attention_op
 from fastrl_kernels.segment_attention.reference import segment_attention_reference
-from fastrl_kernels.segment_attention.sdpa import segment_attention_sdpa
 from fastrl_kernels.segments import Segments
 
 __all__ = ["segment_attention", "segment_attention_reference"]
@@ -31,6 +31,11 @@ def segment_attention(
     """
     choose_implementation(implementation, q, has_kernel=False)
     _check_shapes(q, k, v, segments)
+    if window is not None and window < 1:
+        raise ValueError(
+            f"window must be a positive number of tokens, got {window}; "
+            "pass None to see the whole path"
+        )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}; pass None for no cap")
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
@@ -38,9 +43,9 @@ def segment_attention(
             f"sinks must have one value per head, shape ({q.shape[1]},) on {q.device}, got "
             f"{tuple(sinks.shape)} on {sinks.device}; pass None for none"
         )
-    return segment_attention_sdpa(
-        q, k, v, segments, scale=scale, window=window, softcap=softcap, sinks=sinks
-    )
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    lengths, parents = segments.lengths, segments.parents
+    return path_attention_op(q, k, v, sinks, lengths, parents, scale, window, softcap)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:

@@ -1,0 +1,257 @@
+"""Segment attention along one path at a time: cost and memory follow the visible pairs.
+
+Siblings have their places on one path in turn. So a buffer as long as the longest path holds, in
+order and in one piece, the keys that a segment sees, and each token is copied into it once.
+Backward goes through the segments in the opposite order; the gradient of an ancestor gathers in
+such a buffer, in the dtype of sums, until all below it is done.
+
+No tile holds tokens of two segments, so the bits of a segment's outputs depend on its path alone.
+The price is a fixed cost for each segment, however short it is.
+
+N packed tokens, M segments, H heads, Hkv key-value heads, K head size of queries and keys, Kv of
+values. A tile has T consecutive tokens of one segment, R = T * H / Hkv rows for each key-value
+head, and L keys.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl_kernels.chunks import softcap_slope_
+from fastrl_kernels.head import accumulation_dtype
+from fastrl_kernels.products import round_up
+
+MAX_SCORES = 2**20  # of a tile with more than MIN_TOKENS: 4 MiB of float32
+MIN_TOKENS, MAX_TOKENS = 16, 32  # of a tile; a long one computes more that causality hides
+
+
+class Forest(NamedTuple):
+    """The segments on the host, a number for each."""
+
+    lengths: list[int]
+    parents: list[int]
+    starts: list[int]
+    depths: list[int]
+    """Tokens on the path before the segment."""
+
+
+class Options(NamedTuple):
+    """Constants of the scores."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+class Tile(NamedTuple):
+    """T consecutive tokens of a segment, and L tokens of their path."""
+
+    tokens: slice  # of the row
+    keys: slice  # of the path; the last T are the tokens themselves
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.stop - self.tokens.start
+
+
+class Rows(NamedTuple):
+    """What the gradients of a tile are made of, (Hkv, rows, size) each, in the dtype of sums."""
+
+    queries: Tensor  # R rows, as the next two
+    outs: Tensor
+    grads_out: Tensor
+    keys: Tensor  # L rows, as the rest
+    values: Tensor
+    key_totals: Tensor
+    value_totals: Tensor
+
+
+class Gradients(NamedTuple):
+    """In the shapes and dtypes of the inputs; that of the sinks is empty if there are none."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sinks: Tensor
+
+
+class Path:
+    """Some (N, Hkv, size) tensors along one path at a time, in the dtype of sums."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], forest: Forest) -> None:
+        self.tensors, self.forest = tensors, forest
+        ends = map(sum, zip(forest.depths, forest.lengths, strict=True))
+        # Rounded up, or what else is in the row would decide how the rows of a head are aligned.
+        longest = round_up(max(ends, default=0))
+        self.buffers = [
+            x.new_zeros(x.shape[1], longest, x.shape[2], dtype=accumulation_dtype(x.dtype))
+            for x in tensors
+        ]  # (Hkv, longest path, size)
+        self.is_entered = [False] * len(forest.lengths)
+
+    def enter(self, segment: int) -> None:
+        """Copy in what is missing of the path to the end of this segment.
+
+        In preorder as in its reverse, what was once copied is there for as long as it is needed.
+        """
+        while segment >= 0 and not self.is_entered[segment]:
+            tokens, positions = self.places(segment)
+            for buffer, x in zip(self.buffers, self.tensors, strict=True):
+                buffer[:, positions] = x[tokens].transpose(0, 1)
+            self.is_entered[segment] = True
+            segment = self.forest.parents[segment]
+
+    def seen_by(self, tile: Tile) -> list[Tensor]:
+        """(Hkv, L, size) views of the buffers."""
+        return [buffer[:, tile.keys] for buffer in self.buffers]
+
+    def take(self, segment: int) -> None:
+        """Move the rows of this segment out to the tensors, and leave zeros for its siblings."""
+        tokens, positions = self.places(segment)
+        for buffer, x in zip(self.buffers, self.tensors, strict=True):
+            x[tokens] = buffer[:, positions].transpose(0, 1).to(x.dtype)
+            buffer[:, positions] = 0
+
+    def places(self, segment: int) -> tuple[slice, slice]:
+        """The segment in the row, and on its path."""
+        start, depth, length = (
+            x[segment] for x in (self.forest.starts, self.forest.depths, self.forest.lengths)
+        )
+        return slice(start, start + length), slice(depth, depth + length)
+
+
+def forest_of(lengths: Tensor, parents: Tensor) -> Forest:
+    """The forest of these (M,) lengths and parents."""
+    sizes, above = lengths.tolist(), parents.tolist()
+    starts: list[int] = []
+    depths: list[int] = []
+    total = 0
+    for size, parent in zip(sizes, above, strict=True):
+        starts.append(total)
+        depths.append(0 if parent < 0 else depths[parent] + sizes[parent])
+        total += size
+    return Forest(sizes, above, starts, depths)
+
+
+def tiles(forest: Forest, segment: int, num_heads: int, window: int | None) -> Iterator[Tile]:
+    """The tiles of one segment, by a rule that knows nothing but its path."""
+    start, depth, length = (x[segment] for x in (forest.starts, forest.depths, forest.lengths))
+    num_keys = depth + length if window is None else min(depth + length, window + MAX_TOKENS)
+    size = MAX_SCORES // max(num_heads * num_keys, 1)
+    size = min(max(size, MIN_TOKENS), MAX_TOKENS)
+    for first in range(0, length, size):
+        end = min(first + size, length)
+        seen = 0 if window is None else max(0, depth + first - window + 1)
+        yield Tile(slice(start + first, start + end), slice(seen, depth + end))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, forest: Forest, options: Options
+) -> Tensor:
+    """(N, H, Kv) outputs."""
+    out = q.new_empty(*q.shape[:2], v.shape[2])
+    path = Path((k, v), forest)
+    for segment in range(len(forest.lengths)):
+        path.enter(segment)
+        for tile in tiles(forest, segment, q.shape[1], options.window):
+            keys, values = path.seen_by(tile)
+            scores = _scores(_rows_of(q, tile, k.shape[1]), keys, options)
+            probs, _ = _probs(scores, tile, sinks, options.window)
+            _write_rows(out, tile, torch.bmm(probs, values))
+    return out
+
+
+def backward(
+    grad_out: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
+    forest: Forest, options: Options,
+) -> Gradients:  # fmt: skip
+    """Gradients of `forward`, whose scores are computed again; every sum has a fixed order."""
+    path = Path((k, v), forest)
+    totals = Path((torch.empty_like(k), torch.empty_like(v)), forest)
+    dtype = accumulation_dtype(q.dtype)
+    sinks_grad = q.new_zeros(0 if sinks is None else q.shape[1], dtype=dtype)
+    grads = Gradients(torch.empty_like(q), totals.tensors[0], totals.tensors[1], sinks_grad)
+    for segment in reversed(range(len(forest.lengths))):
+        path.enter(segment)
+        for tile in tiles(forest, segment, q.shape[1], options.window):
+            queries, outs, grads_out = (_rows_of(x, tile, k.shape[1]) for x in (q, out, grad_out))
+            rows = Rows(queries, outs, grads_out, *path.seen_by(tile), *totals.seen_by(tile))
+            _write_rows(grads.q, tile, _add_gradients(rows, tile, sinks, sinks_grad, options))
+        totals.take(segment)
+    return grads._replace(sinks=sinks_grad if sinks is None else sinks_grad.to(sinks.dtype))
+
+
+def _add_gradients(
+    rows: Rows, tile: Tile, sinks: Tensor | None, sinks_grad: Tensor, options: Options
+) -> Tensor:
+    """(Hkv, R, K) gradient of the queries; those of keys, values and sinks are added to totals."""
+    scores = _scores(rows.queries, rows.keys, options)
+    cap_slopes = None
+    if options.softcap is not None:
+        cap_slopes = softcap_slope_(scores.clone(), options.softcap)
+    probs, sink_probs = _probs(scores, tile, sinks, options.window)
+    rows.value_totals.baddbmm_(probs.mT, rows.grads_out)
+    deltas = (rows.grads_out * rows.outs).sum(-1, keepdim=True)
+    if sink_probs is not None:
+        sinks_grad -= (
+            (sink_probs * deltas).view(scores.shape[0], tile.num_tokens, -1).sum(1).flatten()
+        )
+    slopes = torch.bmm(rows.grads_out, rows.values.mT).sub_(deltas).mul_(probs)
+    if cap_slopes is not None:
+        slopes.mul_(cap_slopes)
+    rows.key_totals.baddbmm_(slopes.mT, rows.queries, alpha=options.scale)
+    return torch.bmm(slopes, rows.keys).mul_(options.scale)
+
+
+def _scores(queries: Tensor, keys: Tensor, options: Options) -> Tensor:
+    """(Hkv, R, L) scores before anything is hidden."""
+    scores = queries.new_empty(*queries.shape[:2], keys.shape[1])
+    scores.baddbmm_(queries, keys.mT, beta=0, alpha=options.scale)
+    if options.softcap is not None:
+        scores.div_(options.softcap).tanh_().mul_(options.softcap)
+    return scores
+
+
+def _probs(
+    scores: Tensor, tile: Tile, sinks: Tensor | None, window: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """(Hkv, R, L) probabilities, and (Hkv, R, 1) of the sinks if there are any; uses scores up."""
+    _hide(scores.view(scores.shape[0], tile.num_tokens, -1, scores.shape[2]), tile, window)
+    if sinks is None:
+        return torch.softmax(scores, -1), None
+    sink = sinks.to(scores.dtype).view(scores.shape[0], 1, -1)
+    sink = sink.expand(-1, tile.num_tokens, -1).reshape(*scores.shape[:2], 1)
+    probs = torch.cat([scores, sink], -1).softmax(-1)
+    return probs[..., :-1], probs[..., -1:]
+
+
+def _hide(scores: Tensor, tile: Tile, window: int | None) -> None:
+    """Put -inf on what tokens of the tile do not see; scores: (Hkv, T, H / Hkv, L).
+
+    That is later tokens of the tile, and keys that the window has left by the token's turn: both
+    lie within a square of T keys, at the one end of the keys and at the other.
+    """
+    size = tile.num_tokens
+    hidden = scores.new_full((size, size), -torch.inf)
+    scores[..., -size:].add_(hidden.triu(1)[:, None])
+    first = tile.keys.stop - size
+    if window is not None and tile.keys.stop - tile.keys.start > window:
+        left = first - window + 1 - tile.keys.start
+        scores[..., :size].add_(hidden.tril(left - 1)[:, None])
+
+
+def _rows_of(x: Tensor, tile: Tile, num_kv_heads: int) -> Tensor:
+    """(Hkv, R, size) rows of the tile in the dtype of sums, from (N, H, size)."""
+    num_tokens, num_heads, size = tile.num_tokens, *x.shape[1:]
+    grouped = x[tile.tokens].view(num_tokens, num_kv_heads, -1, size).transpose(0, 1)
+    # A new tensor always: the place of the tile in x would decide how its rows are aligned.
+    rows = x.new_empty(grouped.shape, dtype=accumulation_dtype(x.dtype)).copy_(grouped)
+    return rows.view(num_kv_heads, num_tokens * num_heads // num_kv_heads, size)
+
+
+def _write_rows(x: Tensor, tile: Tile, rows: Tensor) -> None:
+    """The reverse of `_rows_of`."""
+    grouped = rows.view(rows.shape[0], tile.num_tokens, -1, rows.shape[2]).transpose(0, 1)
+    x[tile.tokens].view(grouped.shape).copy_(grouped)
