@@ -23,8 +23,8 @@ from fastrl_kernels.chunks import softcap_slope_
 from fastrl_kernels.head import accumulation_dtype
 from fastrl_kernels.products import round_up
 
-MAX_SCORES = 2**20  # of a tile with more than MIN_TOKENS: 4 MiB of float32
-MIN_TOKENS, MAX_TOKENS = 16, 32  # of a tile; a long one computes more that causality hides
+MAX_SCORES = 2**18  # of a tile with more than MIN_TOKENS: 1 MiB of float32, to stay in the cache
+MIN_TOKENS, MAX_TOKENS = 16, 64  # of a tile; a long one computes more that causality hides
 
 
 class Forest(NamedTuple):
