@@ -16,9 +16,17 @@ PURE = (
     "rewards",
     "advantages",
     "aggregation",
-    "selection",
-    "packing",
+    "controllers",
     "encoding",
+    "packing",
+    "preferences",
+    "prefix_tree",
+    "ragged",
+    "reward_shaping",
+    "rollout_correction",
+    "selection",
+    "sequence_surrogates",
+    "token_weights",
 )
 TRANSFORMERS_HOMES = ("policy", "rollout", "integrations")
 OPTIONAL = {
