@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def collect(runs: list[Path]) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "num_cores": os.cpu_count(),
         "python": platform.python_version(),
+        "commit": _commit(),
         "runs": [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in runs],
     }
 
@@ -61,7 +63,7 @@ clip-higher, token mean, no KL) lift held-out pass@1, sampled at temperature 1:
 
 {results["num_cores"]} cores of {results["cpu"]}, float32, Python {results["python"]}, {versions}.
 Training time is warm start and GRPO; tokens are prompt and completion tokens of the rollouts.
-Command: `{results["command"]}`."""
+Command, at commit {results["commit"]}: `{results["command"]}`."""
 
 
 def replace_section(text: str, section: str) -> str:
@@ -69,6 +71,11 @@ def replace_section(text: str, section: str) -> str:
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
     return f"{head}{BEGIN}\n{section}\n{END}{tail}"
+
+
+def _commit() -> str:
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _cpu_name() -> str:
