@@ -157,17 +157,6 @@ def test_attention_is_restored_and_plain_calls_inside_are_refused():
     model(input_ids=plan.input_ids[None])
 
 
-def test_masks_are_freed_with_the_block():
-    model = tiny_model("mistral", sliding_window=4)
-    plan = pack(*ragged([4], [[3, 2]]))
-    with plan.attach(model):
-        model.model(**plan.inputs)
-        assert plan.segments.visibility(4) is plan.segments.visibility(4)
-    mask = plan.segments.visibility(4)
-    plan.segments.forget_masks()
-    assert plan.segments.visibility(4) is not mask
-
-
 def test_models_that_would_leak_are_refused():
     plan = pack(*ragged([4], [[3, 2]]))
     hybrid = tiny_model(

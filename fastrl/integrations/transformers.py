@@ -37,46 +37,44 @@ _seen: ContextVar[_Seen | None] = ContextVar("seen", default=None)
 
 
 @contextmanager
-def segment_attention_enabled(model: nn.Module, segments: Segments) -> Iterator[None]:
+def segment_attention_enabled(model: nn.Module) -> Iterator[None]:
     """Within the block every attention layer of `model` follows the segments it is called with.
 
-    `segments`: those of the block's plan, whose masks are freed at its end. A layer that reached
-    no attention by then has mixed tokens its own way, which is an error.
+    A layer that reached no attention by its end has mixed tokens its own way, which is an error.
     """
     model = _without_wrappers(model)
     check_model(model)
     assert isinstance(model, PreTrainedModel)
     with (
-        _attention_implementation(model, segments),
-        _recomputed_alike(model, segments),
+        _attention_implementation(model),
+        _recomputed_alike(model),
         _every_layer_attends(model),
     ):
         yield
 
 
 @contextmanager
-def _attention_implementation(model: PreTrainedModel, segments: Segments) -> Iterator[None]:
+def _attention_implementation(model: PreTrainedModel) -> Iterator[None]:
     previous = model.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
     try:
         yield
     finally:
         model.set_attn_implementation(previous)
-        segments.forget_masks()
 
 
 @contextmanager
-def _recomputation(model: PreTrainedModel, segments: Segments) -> Iterator[None]:
+def _recomputation(model: PreTrainedModel) -> Iterator[None]:
     token = _seen.set(None)
     try:
-        with _attention_implementation(model, segments):
+        with _attention_implementation(model):
             yield
     finally:
         _seen.reset(token)
 
 
 @contextmanager
-def _recomputed_alike(model: PreTrainedModel, segments: Segments) -> Iterator[None]:
+def _recomputed_alike(model: PreTrainedModel) -> Iterator[None]:
     """Let checkpointed layers find segment attention again when backward recomputes them.
 
     Backward may run after the block, when the model has its own attention back: recomputing with
@@ -88,7 +86,7 @@ def _recomputed_alike(model: PreTrainedModel, segments: Segments) -> Iterator[No
     originals = [layer._gradient_checkpointing_func for layer in layers]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _recomputation(model, segments)
+        return nullcontext(), _recomputation(model)
 
     for layer, original in zip(layers, originals, strict=True):
         layer._gradient_checkpointing_func = functools.partial(original, context_fn=contexts)

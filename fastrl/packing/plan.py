@@ -69,7 +69,7 @@ class Plan:
         """Give the model segment attention for this block; models that would leak are refused."""
         from fastrl.integrations.transformers import segment_attention_enabled
 
-        return segment_attention_enabled(model, self.segments)
+        return segment_attention_enabled(model)
 
     def scatter(self, values: Tensor) -> list[Tensor]:
         """Per-token values (S,) as one tensor per completion, in the caller's order."""

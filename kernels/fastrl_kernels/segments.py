@@ -6,7 +6,7 @@ with G children; a search tree is deeper.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ class Segments:
     """(N,) int32: `subtree_ends` of the token's segment; q sees k iff k <= q and q < ends[k]."""
     positions: Tensor
     """(N,) int64: index of the token along the path from its root."""
-    _masks: dict[int | None, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -39,7 +38,7 @@ class Segments:
         return self.lengths.shape[0]
 
     def to(self, device: torch.device | str) -> "Segments":
-        """The same forest on another device, without the masks made so far."""
+        """The same forest on another device."""
         return Segments(
             lengths=self.lengths.to(device),
             parents=self.parents.to(device),
@@ -53,26 +52,13 @@ class Segments:
         """(N, N) bool: True where the token of the row sees the token of the column.
 
         window: only the last `window` tokens of the path, the token itself included; None for all
-        of them. The mask is made once per window and kept until `forget_masks`, because every layer
-        of a model asks for the same one: do not write into it.
+        of them. For references and tests: attention itself never holds as much.
         """
         if window is not None and window < 1:
             raise ValueError(
                 f"window must be a positive number of tokens, got {window}; "
                 "pass None to see the whole path"
             )
-        if window not in self._masks:
-            # A mask made by a rollout under inference mode could not be saved for the backward of
-            # the update.
-            with torch.inference_mode(False):
-                self._masks[window] = self._make_mask(window)
-        return self._masks[window]
-
-    def forget_masks(self) -> None:
-        """Free what `visibility` keeps, at the end of a forward pass."""
-        self._masks.clear()
-
-    def _make_mask(self, window: int | None) -> Tensor:
         token = torch.arange(self.num_tokens, device=self.ends.device)
         visible = (token[None, :] <= token[:, None]) & (token[:, None] < self.ends[None, :])
         if window is not None:

@@ -69,18 +69,6 @@ def test_no_tokens(lengths: list[int]) -> None:
     assert segments.visibility().shape == (0, 0)
 
 
-def test_mask_is_made_once_per_window_and_survives_inference_mode() -> None:
-    with torch.inference_mode():
-        segments = make_segments([3, 2], [-1, 0])
-        mask = segments.visibility()
-    assert segments.visibility() is mask
-    assert segments.visibility(2) is not mask
-    weight = torch.ones(5, requires_grad=True)
-    (weight * mask).sum().backward()  # saves the mask for the backward
-    assert weight.grad is not None
-    assert weight.grad.tolist() == [5.0, 4.0, 3.0, 2.0, 1.0]
-
-
 def test_same_forest_on_the_meta_device() -> None:
     segments = make_segments([3, 2], [-1, 0])
     moved = segments.to("meta")
