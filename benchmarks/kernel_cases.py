@@ -5,6 +5,7 @@ For kernel_resources.py, which compiles them.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ def cases() -> list[Case]:
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         found += _head_cases(dtype) + _product_cases(dtype) + _row_cases(dtype)
+        found += _attention_cases(dtype)
     return found + _shared_cases()
 
 
@@ -171,6 +173,59 @@ def _row_cases(dtype: torch.dtype) -> list[Case]:
                 {**stored, "BLOCK_V": block}, {"bias_ptr": "*bf16"}, num_warps=warps,
             )
         )  # fmt: skip
+    return found
+
+
+def _attention_cases(dtype: torch.dtype) -> list[Case]:
+    from fastrl_kernels.products import HALF
+    from fastrl_kernels.segment_attention.launch import HALF_TILINGS, WIDE_TILINGS
+
+    tilings = HALF_TILINGS if dtype in HALF else WIDE_TILINGS
+    name, module = TRITON_DTYPE[dtype], "fastrl_kernels.segment_attention"
+    tables = ("paths_ptr", "query_tiles_ptr", "key_units_ptr", "key_splits_ptr", "positions_ptr")
+    tensors = ("q_ptr", "k_ptr", "v_ptr", "sinks_ptr", "out_ptr", "grad_ptr")
+    pointers = {
+        **dict.fromkeys(tables, "*i32"),
+        **dict.fromkeys((*tensors, "dq_ptr", "dk_ptr", "dv_ptr"), f"*{name}"),
+    }
+    found = []
+    for (size, tiling), has_all in itertools.product(tilings.items(), (False, True)):
+        constants = {
+            "HAS_SOFTCAP": has_all, "HAS_WINDOW": has_all, "HEAD_SIZE": size, "VALUE_SIZE": size,
+            "BLOCK_K": size, "BLOCK_V": size, "UPCAST": False,
+        }  # fmt: skip
+        what = f"{name}, {size}{', window, softcap' if has_all else ''}"
+        found += [
+            Case(
+                f"attention ({what}{', sinks' if has_all else ''})",
+                f"{module}.kernel:forward_kernel",
+                {**constants, "HAS_SINKS": has_all, **tiling.forward.blocks}, pointers,
+                () if has_all else ("sinks_ptr",), **tiling.forward.threads,
+            ),
+            Case(
+                f"attention's query gradients ({what})",
+                f"{module}.backward_kernel:query_gradients_kernel",
+                {**constants, **tiling.query_gradients.blocks}, pointers,
+                **tiling.query_gradients.threads,
+            ),
+            Case(
+                f"attention's key gradients ({what})",
+                f"{module}.backward_kernel:key_gradients_kernel",
+                {**constants, **tiling.key_gradients.blocks}, pointers,
+                **tiling.key_gradients.threads,
+            ),
+        ]  # fmt: skip
+    size, tiling = max(tilings.items())
+    found += [
+        Case(
+            f"attention's deltas ({name})", f"{module}.backward_kernel:deltas_kernel",
+            {"VALUE_SIZE": size, "BLOCK_V": size, "BLOCK_M": 32}, pointers,
+        ),
+        Case(
+            f"attention's sums of units ({name})", f"{module}.backward_kernel:sum_units_kernel",
+            {"SIZE": size, "BLOCK": size, "BLOCK_N": tiling.key_gradients.keys}, pointers,
+        ),
+    ]  # fmt: skip
     return found
 
 
