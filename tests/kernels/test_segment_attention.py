@@ -35,14 +35,15 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("implementation", ["auto", "torch"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("kv_heads", "value_size"), [(3, 13), (6, 7), (1, 13)])
 def test_values_and_gradients_match_the_reference(
-    options: dict, kv_heads: int, value_size: int
+    implementation: str, options: dict, kv_heads: int, value_size: int
 ) -> None:
     segments = make_segments(LENGTHS, PARENTS)
     tensors = [x.requires_grad_() for x in inputs(0, kv_heads=kv_heads, value_size=value_size)]
-    out = segment_attention(*tensors, segments, **options)
+    out = segment_attention(*tensors, segments, **options, implementation=implementation)
     expected = segment_attention_reference(*tensors, segments, **options)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     slope = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)

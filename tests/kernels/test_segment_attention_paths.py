@@ -3,6 +3,7 @@
 N packed tokens, H heads, Hkv key-value heads, K head size of queries and keys, Kv of values.
 """
 
+import functools
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastrl_kernels import Segments, make_segments, segment_attention
+from fastrl_kernels import Segments, make_segments
+from fastrl_kernels import segment_attention as any_segment_attention
 from fastrl_kernels.segment_attention import paths, segment_attention_reference
 from fastrl_kernels.segment_attention.op import path_attention_gradients_op, path_attention_op
+
+segment_attention = functools.partial(any_segment_attention, implementation="torch")
 
 H, HKV, K, KV = 6, 2, 13, 9
 

@@ -5,6 +5,7 @@ from torch import Tensor
 from fastrl_kernels.implementation import choose_implementation
 from fastrl_kernels.segment_attention.op import path_attention_op
 from fastrl_kernels.segment_attention.reference import segment_attention_reference
+from fastrl_kernels.segment_attention.sdpa import segment_attention_sdpa
 from fastrl_kernels.segments import Segments
 
 __all__ = ["segment_attention", "segment_attention_reference"]
@@ -28,8 +29,13 @@ def segment_attention(
     scale: factor on the scores, K ** -0.5 by default. window: see the last `window` tokens of the
     path, the token itself included. softcap: softcap * tanh(scaled score / softcap). sinks: (H,)
     logits that take part in the denominator only.
+
+    implementation: "torch" takes one path at a time and gives a completion the same bits in any
+    row. "auto" does too, but for rows of many tiny segments, where PyTorch's own attention through
+    an (N, N) mask is faster and equal to rounding.
     """
     choose_implementation(implementation, q, has_kernel=False)
+    has_extras = softcap is not None or sinks is not None
     _check_shapes(q, k, v, segments)
     if window is not None and window < 1:
         raise ValueError(
@@ -44,8 +50,20 @@ def segment_attention(
             f"{tuple(sinks.shape)} on {sinks.device}; pass None for none"
         )
     scale = q.shape[2] ** -0.5 if scale is None else scale
+    if implementation == "auto" and not has_extras and _is_tiny(q, segments):
+        return segment_attention_sdpa(q, k, v, segments, scale=scale, window=window)
     lengths, parents = segments.lengths, segments.parents
     return path_attention_op(q, k, v, sinks, lengths, parents, scale, window, softcap)
+
+
+PAIRS_PER_SEGMENT = 20_000
+"""Masked scores that take as long as the fixed cost of a segment, on a 2-core CPU."""
+
+
+def _is_tiny(q: Tensor, segments: Segments) -> bool:
+    """Whether all pairs of the row are cheaper than one segment after another."""
+    num_pairs = q.shape[0] * q.shape[0] * q.shape[1]
+    return num_pairs < PAIRS_PER_SEGMENT * segments.num_segments
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
