@@ -219,7 +219,7 @@ def _attention_cases(dtype: torch.dtype) -> list[Case]:
     found += [
         Case(
             f"attention's deltas ({name})", f"{module}.backward_kernel:deltas_kernel",
-            {"VALUE_SIZE": size, "BLOCK_V": size, "BLOCK_M": 32}, pointers,
+            {"VALUE_SIZE": size, "BLOCK_V": size, "BLOCK_M": 8}, pointers,
         ),
         Case(
             f"attention's sums of units ({name})", f"{module}.backward_kernel:sum_units_kernel",

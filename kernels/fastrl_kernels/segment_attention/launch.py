@@ -66,11 +66,11 @@ class Tilings(NamedTuple):
 HALF_TILINGS = {
     64: Tilings(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 8, 2)),
     128: Tilings(Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2)),
-    256: Tilings(Tile(32, 32, 4, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    256: Tilings(Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)),
 }
 WIDE_TILINGS = {
     64: Tilings(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(16, 32, 8, 1)),
-    128: Tilings(Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
+    128: Tilings(Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
 }
 INTERPRETED_TILING = Tilings(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))
 
@@ -145,7 +145,7 @@ def _deltas(out: Tensor, grad: Tensor) -> Tensor:
     """(H, N) float32: each output times its gradient."""
     num_tokens, num_heads, value_size = out.shape
     deltas = out.new_empty(num_heads, num_tokens, dtype=torch.float32)
-    block = 16 if interprets_triton() else 32
+    block = 8
     deltas_kernel[(cdiv(num_tokens, block) * num_heads,)](
         out, grad, deltas, num_tokens, num_heads, out.stride(0), *_strides(grad),
         VALUE_SIZE=value_size, BLOCK_V=_block(value_size), BLOCK_M=block,
