@@ -247,7 +247,7 @@ def parameters(has_all: bool) -> tuple[str, ...]:
 
 
 def _shared_cases() -> list[Case]:
-    from fastrl_kernels.token_loss.op import BLOCK, SUMS
+    from fastrl_kernels.token_loss.op import BLOCK, NUM_SUMS
 
     return [
         Case(
@@ -262,7 +262,7 @@ def _shared_cases() -> list[Case]:
             "token loss", "fastrl_kernels.token_loss.kernel:token_losses_kernel",
             {
                 **objective(True), "HAS_OLD": True, "HAS_REF": True, "HAS_ROLLOUT": True,
-                "BLOCK": BLOCK, "NUM_SUMS": len(SUMS),
+                "BLOCK": BLOCK, "NUM_SUMS": NUM_SUMS,
             },
             {}, parameters=parameters(True),
         ),

@@ -1,5 +1,6 @@
 """Attention over a forest of segments: completions see their shared prompt, never each other."""
 
+import torch
 from torch import Tensor
 
 from fastrl_kernels.implementation import choose_implementation
@@ -30,11 +31,12 @@ def segment_attention(
     path, the token itself included. softcap: softcap * tanh(scaled score / softcap). sinks: (H,)
     logits that take part in the denominator only.
 
-    implementation: "torch" takes one path at a time and gives a completion the same bits in any
+    implementation: "triton" needs a GPU, or the interpreter; it has no kernel for float32 heads
+    above 128. "torch" takes one path at a time and gives a completion the same bits in any
     row. "auto" does too, but for rows of many tiny segments, where PyTorch's own attention through
     an (N, N) mask is faster and equal to rounding.
     """
-    choose_implementation(implementation, q, has_kernel=False)
+    chosen = choose_implementation(implementation, q)
     has_extras = softcap is not None or sinks is not None
     _check_shapes(q, k, v, segments)
     if window is not None and window < 1:
@@ -50,6 +52,12 @@ def segment_attention(
             f"{tuple(sinks.shape)} on {sinks.device}; pass None for none"
         )
     scale = q.shape[2] ** -0.5 if scale is None else scale
+    if chosen == "triton" and (implementation == "triton" or not _is_too_wide(q, v)):
+        from fastrl_kernels.segment_attention.triton_op import segment_attention_triton
+
+        return segment_attention_triton(
+            q, k, v, segments, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
     if implementation == "auto" and not has_extras and _is_tiny(q, segments):
         return segment_attention_sdpa(q, k, v, segments, scale=scale, window=window)
     lengths, parents = segments.lengths, segments.parents
@@ -58,6 +66,11 @@ def segment_attention(
 
 PAIRS_PER_SEGMENT = 20_000
 """Masked scores that take as long as the fixed cost of a segment, on a 2-core CPU."""
+
+
+def _is_too_wide(q: Tensor, v: Tensor) -> bool:
+    """Whether there is no kernel for such heads."""
+    return max(q.shape[2], v.shape[2]) > (128 if q.dtype == torch.float32 else 256)
 
 
 def _is_tiny(q: Tensor, segments: Segments) -> bool:

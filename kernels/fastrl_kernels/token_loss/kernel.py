@@ -60,12 +60,13 @@ def token_loss(
 @triton.jit
 def token_losses_kernel(
     logps_ptr, entropies_ptr, old_logps_ptr, ref_logps_ptr, rollout_weights_ptr, advantages_ptr,
-    weights_ptr, slopes_ptr, entropy_slopes_ptr, clipped_ptr, sums_ptr, parameters, num_tokens,
+    weights_ptr, slopes_ptr, entropy_slopes_ptr, clipped_ptr, loss_ptr, metrics_ptr, parameters,
+    num_tokens,
     SURROGATE: tl.constexpr, REGULARISERS: tl.constexpr, INPUTS: tl.constexpr,
     STRIDES: tl.constexpr, OFFSETS: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_ROLLOUT: tl.constexpr, BLOCK: tl.constexpr, NUM_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """One program for all tokens: slopes of each, the sums of `token_sums`, the largest log-ratio.
+    """One program for all tokens: slopes of each, the loss and the metrics.
 
     A hundred thousand tokens are a few megabytes; a second launch would cost as much as the loop.
     """
@@ -99,16 +100,21 @@ def token_losses_kernel(
         )
         sums = add(sums, more)
         largest = tl.maximum(largest, tl.where(counts, logp - old_logp, -float("inf")))
-    for index in tl.static_range(NUM_SUMS):
-        tl.store(sums_ptr + index, tl.sum(sums[index], 0))
-    tl.store(sums_ptr + NUM_SUMS, tl.max(largest, 0))
+    num_counted = tl.maximum(tl.sum(sums[0], 0), 1.0)
+    tl.store(loss_ptr, tl.sum(sums[1], 0))
+    for index in tl.static_range(2, NUM_SUMS - 2):
+        tl.store(metrics_ptr + index - 2, tl.sum(sums[index], 0) / num_counted)
+    tl.store(metrics_ptr + NUM_SUMS - 4, tl.exp(tl.minimum(tl.max(largest, 0), 20.0)))
+    rollout_sum = tl.sum(sums[NUM_SUMS - 2], 0)
+    square_sum = tl.maximum(num_counted * tl.sum(sums[NUM_SUMS - 1], 0), 1e-38)
+    tl.store(metrics_ptr + NUM_SUMS - 3, rollout_sum * rollout_sum / square_sum)
 
 
 @triton.jit
 def token_sums(
     counts, value, clipped, advantage, entropy, logp, old_logp, ref_logp, rollout_weight
 ):
-    """What a block of tokens adds to each sum, in the order of `token_loss.op.SUMS`."""
+    """What a block of tokens adds to their number, to the loss, and to `TokenLoss`'s metrics."""
     old_k1, old_k2, old_k3 = divergences(logp, old_logp)
     ref_k1, ref_k2, ref_k3 = divergences(logp, ref_logp)
     low = clipped & (advantage < 0.0)

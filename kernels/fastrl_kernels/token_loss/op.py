@@ -8,13 +8,10 @@ from torch import Tensor
 from fastrl_kernels.implementation import on_device
 from fastrl_kernels.objectives import Objective, Parameter
 from fastrl_kernels.objectives.arguments import from_arguments, no_gradients
-from fastrl_kernels.token_loss.reference import LIMIT, TokenLoss, token_loss_reference
+from fastrl_kernels.token_loss.reference import TokenLoss, token_loss_reference
 
-SUMS = (
-    "tokens", "loss", "clip_high", "clip_low", "clip_dual", "entropy", "old_k1", "old_k2", "old_k3",
-    "ref_k1", "ref_k2", "ref_k3", "rollout_weights", "rollout_weights_squared",
-)  # fmt: skip
 NUM_METRICS = len(TokenLoss._fields) - 3
+NUM_SUMS = NUM_METRICS + 2  # of tokens and loss too; two make the last metric, one is a maximum
 BLOCK = 512
 
 
@@ -78,23 +75,12 @@ def _launch(
 
     slopes, entropy_slopes = torch.empty_like(logps), torch.empty_like(logps)
     clipped = torch.empty_like(logps, dtype=torch.bool)
-    sums = logps.new_empty(len(SUMS) + 1)
+    loss, metrics = logps.new_empty(()), logps.new_empty(NUM_METRICS)
     parameters, constants = objective_arguments(objective, entropy_coef, logps.shape[0])
     token_losses_kernel[(1,)](
         logps, entropies, old_logps, ref_logps, rollout_weights, advantages, token_weights, slopes,
-        entropy_slopes, clipped, sums, parameters, logps.shape[0], **constants,
+        entropy_slopes, clipped, loss, metrics, parameters, logps.shape[0], **constants,
         HAS_OLD=old_logps is not None, HAS_REF=ref_logps is not None,
-        HAS_ROLLOUT=rollout_weights is not None, BLOCK=BLOCK, NUM_SUMS=len(SUMS),
+        HAS_ROLLOUT=rollout_weights is not None, BLOCK=BLOCK, NUM_SUMS=NUM_SUMS,
     )  # fmt: skip
-    num_tokens = sums[:1]
-    means = sums[2:12] / num_tokens.clamp(min=1)
-    max_ratio = sums[14:].clamp(max=LIMIT).exp()
-    tiny = torch.finfo(sums.dtype).tiny
-    effective = sums[12:13].square() / (num_tokens * sums[13:14]).clamp(min=tiny)
-    return (
-        sums[1].clone(),
-        slopes,
-        entropy_slopes,
-        clipped,
-        torch.cat([means, max_ratio, effective]),
-    )
+    return loss, slopes, entropy_slopes, clipped, metrics

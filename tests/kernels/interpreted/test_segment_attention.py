@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastrl_kernels import Segments, make_segments
+from fastrl_kernels import Segments, make_segments, segment_attention
 from fastrl_kernels.segment_attention import launch
 from fastrl_kernels.segment_attention.reference import segment_attention_reference
 from fastrl_kernels.segment_attention.triton_op import (
@@ -259,3 +259,16 @@ def test_the_operators_keep_their_contracts() -> None:
         torch.library.opcheck(
             segment_attention_gradients_op, (grad, out, lse, *arguments), test_utils=utils[::2]
         )
+
+
+def test_the_public_function_takes_the_kernels() -> None:
+    segments = make_segments([5, 3, 4], [-1, 0, 0])
+    generator = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(12, heads, 16, generator=generator) for heads in (4, 2, 2))
+    expected = segment_attention_triton(
+        q, k, v, segments, scale=0.25, window=None, softcap=None, sinks=None
+    )
+    assert torch.equal(segment_attention(q, k, v, segments, implementation="triton"), expected)
+    wide = torch.zeros(12, 1, 136)
+    with pytest.raises(ValueError, match="heads of at most 128"):
+        segment_attention(wide, wide, wide, segments, implementation="triton")
