@@ -11,12 +11,15 @@ from fastrl_kernels import (
     LMHead,
     explain,
     linear_logps,
+    make_segments,
     policy_loss,
+    segment_attention,
     selected_logps,
     token_loss,
 )
 from fastrl_kernels.objectives import Objective, Regulariser, clipped_ratio, k3
 from fastrl_kernels.policy_loss import policy_loss_reference
+from fastrl_kernels.segment_attention import segment_attention_reference
 from fastrl_kernels.selected_logps import selected_logps_reference
 from fastrl_kernels.token_loss import token_loss_reference
 
@@ -220,3 +223,31 @@ def test_a_row_alone_and_in_a_batch_and_the_ratio_on_policy():
         workspace_mb=512,
     )
     assert torch.equal(out.logps, together.logps)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("options", [{}, {"window": 100, "softcap": 20.0}])
+def test_segment_attention(dtype: torch.dtype, size: int, options: dict) -> None:
+    """Two groups; values and gradients against float64, and the same bits twice."""
+    segments = make_segments([300, 70, 1, 129, 257, 64], [-1, 0, 0, 0, -1, 4]).to("cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    tensors = [
+        torch.randn(segments.num_tokens, heads, size, generator=generator, device="cuda").to(dtype)
+        for heads in (6, 2, 2)
+    ]
+
+    def run(function, inputs, **settings):  # type: ignore[no-untyped-def]
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = function(*leaves, segments, **options, **settings)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
+
+    found = run(segment_attention, tensors, implementation="triton")
+    truth = run(segment_attention_reference, [x.double() for x in tensors])
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[dtype]
+    for value, wide in zip(found, truth, strict=True):
+        error = (value.double() - wide).norm() / wide.norm()
+        assert error < tolerance
+    for value, again in zip(found, run(segment_attention, tensors, implementation="triton"),
+                            strict=True):  # fmt: skip
+        assert torch.equal(value, again)
