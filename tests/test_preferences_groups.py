@@ -61,7 +61,7 @@ def plackett_luce(s, r, **_):
 
 def lambda_rank(s, r, **_):
     s = 0.05 * s
-    order = sorted(range(len(r)), key=lambda i: (-float(s[i]), i))
+    order = sorted(range(len(r)), key=lambda i: (-float(s[i].detach()), i))
     discount = {i: 1 / math.log(1 + rank) for rank, i in enumerate(order, start=1)}
     total = torch.zeros((), dtype=F64)
     for i, j in itertools.permutations(range(len(r)), 2):
