@@ -9,6 +9,7 @@ Legend: B completions, S trained tokens.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastrl.advantages import PER_TOKEN
 from fastrl.methods.axes import hyper_parameters_of
 from fastrl.methods.inputs import StepInputs, apply
-from fastrl.methods.record import Method, Penalty
+from fastrl.methods.record import Choice, Method, Penalty
 from fastrl.preferences import LOSSES, PAIRINGS, PreferenceInputs, preference_terms
 from fastrl.reward_shaping import TOKEN_REWARD_SHAPINGS
 from fastrl.token_weights import LEAVES_DENOMINATOR, kept_lengths
@@ -116,10 +117,9 @@ def token_advantages(method: Method, inputs: StepInputs) -> Tensor:
 
 def token_objective(method: Method) -> Objective:
     """The objective of a method that looks at single tokens only, and computes nothing."""
-    name = method.surrogate.name
-    values = {**hyper_parameters_of("surrogate", name), **method.surrogate.parameters}
     penalties = tuple(_regulariser(penalty, penalty.beta) for penalty in method.penalties)
-    return Objective(SURROGATES[name], tuple(values.values()), penalties)
+    values = _values("surrogate", method.surrogate)
+    return Objective(SURROGATES[method.surrogate.name], values, penalties)
 
 
 def _token_weights(method: Method, inputs: StepInputs) -> Tensor:
@@ -144,12 +144,9 @@ def _with_clipped(method: Method, inputs: StepInputs) -> StepInputs:
 
 
 def _surrogate(method: Method, inputs: StepInputs) -> Objective:
-    name = method.surrogate.name
-    given = dict(method.surrogate.parameters)
-    if method.computed is not None:
-        given |= apply("computed", method.computed, inputs)
-    values = {**hyper_parameters_of("surrogate", name), **given}
-    return Objective(SURROGATES[name], tuple(values[key] for key in values))
+    computed = {} if method.computed is None else apply("computed", method.computed, inputs)
+    values = _values("surrogate", method.surrogate, computed)
+    return Objective(SURROGATES[method.surrogate.name], values)
 
 
 def _penalties(
@@ -168,9 +165,16 @@ def _penalties(
 
 
 def _regulariser(penalty: Penalty, coefficient: Parameter) -> Regulariser:
-    name = penalty.regulariser.name
-    values = {**hyper_parameters_of("regulariser", name), **penalty.regulariser.parameters}
-    return Regulariser(REGULARISERS[name], coefficient, tuple(values.values()))
+    values = _values("regulariser", penalty.regulariser)
+    return Regulariser(REGULARISERS[penalty.regulariser.name], coefficient, values)
+
+
+def _values(
+    axis: str, choice: Choice, computed: Mapping[str, Parameter] | None = None
+) -> tuple[Parameter, ...]:
+    """Hyper-parameters of a choice in order: published, the choice's own, computed ones."""
+    known = hyper_parameters_of(axis, choice.name)
+    return tuple({**known, **choice.parameters, **(computed or {})}.values())
 
 
 def _of_preferences(method: Method, inputs: StepInputs) -> Coefficients:

@@ -41,8 +41,7 @@ def to_arguments(
 
     Under torch.compile every number becomes a tensor: a graph would be made anew for each value.
     """
-    groups = [objective.hyper_parameters]
-    groups += [(x.coefficient, *x.hyper_parameters) for x in objective.active_regularisers]
+    groups = _groups(objective)
     functions = [objective.surrogate, *(x.function for x in objective.active_regularisers)]
     parameters = [parameter for group in groups for parameter in group]
     if torch.compiler.is_compiling():
@@ -56,6 +55,15 @@ def to_arguments(
         [math.nan if isinstance(x, Tensor) else float(x) for x in parameters],
         [x.detach().to(dtype).contiguous() for x in parameters if isinstance(x, Tensor)],
     )
+
+
+def _groups(objective: Objective) -> list[tuple[Parameter, ...]]:
+    """Parameters of the surrogate, then of each active regulariser with its coefficient first."""
+    regularisers = objective.active_regularisers
+    return [
+        objective.hyper_parameters,
+        *((x.coefficient, *x.hyper_parameters) for x in regularisers),
+    ]
 
 
 def _as_tensor(parameter: Parameter, device: torch.device) -> Tensor:
@@ -106,8 +114,7 @@ def kernel_parameters(
     objective: Objective, entropy_coef: Parameter, num_tokens: int
 ) -> KernelParameters:
     """What `token_loss.kernel.token_loss` reads an objective from."""
-    groups = [objective.hyper_parameters]
-    groups += [(x.coefficient, *x.hyper_parameters) for x in objective.active_regularisers]
+    groups = _groups(objective)
     parameters = (*(parameter for group in groups for parameter in group), entropy_coef)
     offsets = tuple(sum(len(group) for group in groups[: i + 1]) for i in range(len(groups)))
     return KernelParameters(
