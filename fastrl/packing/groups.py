@@ -34,17 +34,16 @@ def pack(
     completion then is one plain row with a copy of its prompt. 1 shares always.
     """
     _check_groups(prompt_ids, completion_ids)
-    flat = [completion for group in completion_ids for completion in group]
-    lengths = lengths_of(flat)
+    completions = [completion for group in completion_ids for completion in group]
+    prompts, lengths = lengths_of(prompt_ids), lengths_of(completions)
     check_not_empty(int(lengths.sum()))
+    sizes = torch.tensor([len(group) for group in completion_ids])
+    shared, unshared = count_tokens(prompts, lengths, sizes)
+    is_shared = unshared >= min_token_ratio * shared
     groups = [
-        (prompt, [completion for completion in group if completion.numel() > 0])
+        (prompt, [completion for completion in group if completion.numel()])
         for prompt, group in zip(prompt_ids, completion_ids, strict=True)
     ]
-    shared, unshared = count_tokens(
-        [p.numel() for p in prompt_ids], [[c.numel() for c in group] for group in completion_ids]
-    )
-    is_shared = unshared >= min_token_ratio * shared
     if not is_shared:
         groups = [(prompt, [completion]) for prompt, group in groups for completion in group]
     input_ids, segments, source_index = _lay_out([g for g in groups if g[1]], is_shared=is_shared)
@@ -52,8 +51,8 @@ def pack(
         input_ids=input_ids,
         segments=segments,
         source_index=source_index,
-        target_ids=torch.cat(flat),
-        completion_index=torch.arange(len(flat)).repeat_interleave(lengths),
+        target_ids=torch.cat(completions),
+        completion_index=torch.repeat_interleave(lengths, output_size=len(source_index)),
         completion_lengths=tuple(lengths.tolist()),
         num_unshared_tokens=unshared,
     )
@@ -84,16 +83,16 @@ def pack_rows(
     return pack(prompt_ids[::G], groups, min_token_ratio=min_token_ratio)
 
 
-def count_tokens(
-    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]
-) -> tuple[int, int]:
-    """Packed tokens of P groups with every prompt once, and with one prompt per completion."""
-    shared = unshared = 0
-    for prompt, group in zip(prompt_lengths, completion_lengths, strict=True):
-        inputs = [length - 1 for length in group if length > 0]
-        shared += sum(inputs) + (prompt if inputs else 0)
-        unshared += sum(inputs) + prompt * len(inputs)
-    return shared, unshared
+def count_tokens(prompts: Tensor, completions: Tensor, sizes: Tensor) -> tuple[int, int]:
+    """Packed tokens of P groups with every prompt once, and with one prompt per completion.
+
+    prompts, completions: lengths of all prompts and all completions; sizes: (P,) completions of
+    each prompt.
+    """
+    group = torch.repeat_interleave(sizes, output_size=len(completions))
+    num_trained = torch.bincount(group[completions > 0], minlength=len(prompts))
+    inputs = int((completions - 1).clamp(min=0).sum())
+    return inputs + int(prompts[num_trained > 0].sum()), inputs + int((prompts * num_trained).sum())
 
 
 def _lay_out(
@@ -112,10 +111,9 @@ def _lay_out(
     parents = torch.full_like(lengths, -1)
     parents[is_completion] = prompts.repeat_interleave(sizes)
 
-    encoded = torch.ones(int(lengths.sum()), dtype=torch.bool)
-    encoded[lengths.cumsum(0)[is_completion] - 1] = False
-    inputs = lengths - is_completion.long()
+    inputs = lengths - is_completion.long()  # nothing follows the last token of a completion
     starts = inputs.cumsum(0) - inputs
+    input_ids = torch.cat(pieces).index_select(0, ranges(lengths.cumsum(0) - lengths, inputs))
 
     prompt_of, num_trained = parents[is_completion], lengths[is_completion]
     sources = ranges(starts[is_completion] - 1, num_trained)
@@ -125,7 +123,7 @@ def _lay_out(
         segments = make_segments(inputs, parents)
     else:
         segments = make_segments(inputs.view(-1, 2).sum(1), [-1] * len(groups))
-    return torch.cat(pieces)[encoded], segments, sources
+    return input_ids, segments, sources
 
 
 def _check_groups(prompt_ids: Sequence[Tensor], completion_ids: Sequence[Sequence[Tensor]]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastrl.packing.groups import MIN_TOKEN_RATIO, count_tokens, pack
 from fastrl.packing.plan import Plan
+from fastrl.packing.tokens import lengths_of
 from fastrl.types import Batch, Rollouts
 
 
@@ -85,16 +86,14 @@ def pack_rollouts(
         ids if keep else _NO_TOKENS
         for ids, keep in zip(rollouts.completion_ids, kept.tolist(), strict=True)
     ]
-    groups = [list(range(p * G, p * G + G)) for p in range(len(prompts))]
-    shared, unshared = count_tokens(
-        [len(prompt) for prompt in prompts], [[len(completions[row]) for row in g] for g in groups]
-    )
+    prompt_lengths, lengths = lengths_of(prompts), lengths_of(completions)
+    shared, unshared = count_tokens(prompt_lengths, lengths, torch.full_like(prompt_lengths, G))
     is_shared = unshared >= min_token_ratio * shared
-    if not is_shared:
-        groups = [[row] for row in range(len(completions))]
+    size = G if is_shared else 1
+    groups = torch.arange(len(completions)).view(-1, size).tolist()
     passes = split_into_passes(
-        [len(prompts[group[0] // G]) for group in groups],
-        [[len(completions[row]) for row in group] for group in groups],
+        prompt_lengths.repeat_interleave(G // size).tolist(),
+        lengths.view(-1, size).tolist(),
         max_tokens_per_pass=max_tokens_per_pass,
         head_row_cost=head_row_cost,
     )

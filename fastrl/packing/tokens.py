@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class TrainedTokens(NamedTuple):
@@ -20,30 +21,57 @@ class TrainedTokens(NamedTuple):
     offsets: Tensor  # (S,) int64: its place in that sequence
     counts: Tensor  # (B,) int64: trained tokens of each sequence
     needed: Tensor  # (B,) int64: tokens before the last trained one, which are those to encode
+    num_before: Tensor  # (T + 1,) int64: trained tokens among the first 0, 1 ... T of all
 
 
-def trained_tokens(trained: Sequence[Tensor], lengths: Tensor) -> TrainedTokens:
-    """Where the True elements of B masks lie; lengths: (B,) of the masks.
+def trained_tokens(trained: Tensor, lengths: Tensor) -> TrainedTokens:
+    """Where a mask (T,) of B sequences of the given lengths is True.
 
     The last trained token of a sequence is predicted, not read, and nothing after it is needed.
     """
-    flat_index = torch.cat([torch.empty(0, dtype=torch.bool), *trained]).nonzero()[:, 0]
-    check_not_empty(len(flat_index))
+    num_before = pad(trained.cumsum(0), (1, 0))
+    num_trained = int(num_before[-1])
+    check_not_empty(num_trained)
     ends = lengths.cumsum(0)
-    owners = torch.searchsorted(ends, flat_index, right=True)
-    offsets = flat_index - (ends - lengths)[owners]
-    counts = torch.bincount(owners, minlength=len(lengths))
+    counts = num_before[ends] - num_before[ends - lengths]
+    owners = torch.repeat_interleave(counts, output_size=num_trained)
+    flat_index = trained.nonzero()[:, 0]
+    offsets = flat_index - (ends - lengths).index_select(0, owners)
     needed = torch.zeros_like(lengths)
-    last = counts.cumsum(0)[counts > 0] - 1
-    needed[counts > 0] = offsets[last]
-    return TrainedTokens(flat_index, owners, offsets, counts, needed)
+    has_any = counts > 0
+    needed[has_any] = offsets[counts.cumsum(0)[has_any] - 1]
+    return TrainedTokens(flat_index, owners, offsets, counts, needed, num_before)
+
+
+def flat_mask(
+    trained: Sequence[Tensor] | None, vectors: Sequence[Tensor], lengths: Tensor, begins: Tensor,
+    *, name: str,
+) -> Tensor:  # fmt: skip
+    """(T,) the masks of B vectors in one; without masks, every token that something predicts.
+
+    begins: (B,) bool: nothing precedes the vector, so its first token must not be trained; name:
+    what messages call a vector.
+    """
+    begins = begins & (lengths > 0)
+    first = (lengths.cumsum(0) - lengths)[begins]
+    if trained is None:
+        return torch.ones(int(lengths.sum()), dtype=torch.bool).index_fill_(0, first, 0)
+    check_masks(trained, vectors)
+    mask = torch.cat([torch.empty(0, dtype=torch.bool), *trained])
+    if mask[first].any():
+        raise ValueError(
+            f"expected an untrained first token, which nothing predicts, got a trained one in "
+            f"{name} {int(begins.nonzero()[mask[first]][0])}"
+        )
+    return mask
 
 
 def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     """The integers from starts[i] on, lengths[i] of them, for every i: one int64 vector."""
-    shifts = starts - (lengths.cumsum(0) - lengths)
-    total = int(lengths.sum())
-    return torch.arange(total) + shifts.repeat_interleave(lengths, output_size=total)
+    ends = lengths.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    shifts = (starts - (ends - lengths)).repeat_interleave(lengths, output_size=total)
+    return shifts.add_(torch.arange(total))
 
 
 def lengths_of(vectors: Sequence[Tensor]) -> Tensor:

@@ -9,19 +9,20 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastrl.packing.groups import MIN_TOKEN_RATIO
 from fastrl.packing.plan import Plan
 from fastrl.packing.tokens import (
     TrainedTokens,
-    check_masks,
     check_token_ids,
+    flat_mask,
     lengths_of,
     ranges,
     trained_tokens,
 )
 from fastrl.prefix_tree import depth_first, prefix_tree, separate_rows
-from fastrl_kernels.segments import Segments, make_segments
+from fastrl_kernels.segments import Segments, climb, climbed, make_segments, path_lengths
 
 
 def pack_tree(
@@ -44,11 +45,8 @@ def pack_tree(
     """
     check_token_ids(sequences)
     lengths = lengths_of(sequences)
-    if trained is None:
-        trained = [torch.arange(len(sequence)) > 0 for sequence in sequences]
-    check_masks(trained, sequences)
-    tokens = trained_tokens(trained, lengths)
-    _check_predicted(tokens.offsets == 0, tokens.owners, "sequence")
+    mask = flat_mask(trained, sequences, lengths, torch.ones_like(lengths) > 0, name="sequence")
+    tokens = trained_tokens(mask, lengths)
     needed = tokens.needed.tolist()
     tree = prefix_tree(sequences, needed)
     if sum(needed) < min_token_ratio * sum(tree.lengths):
@@ -57,10 +55,10 @@ def pack_tree(
     flat = torch.cat(list(sequences))
     starts = (lengths.cumsum(0) - lengths)[tree.owners] + torch.tensor(tree.offsets)
     return Plan(
-        input_ids=flat[ranges(starts, segments.lengths)],
+        input_ids=flat.index_select(0, ranges(starts, segments.lengths)),
         segments=segments,
-        source_index=_on_paths(segments, tree.leaves, tokens),
-        target_ids=flat[tokens.flat_index],
+        source_index=_on_paths(segments, tree.leaves, tokens, lengths),
+        target_ids=flat.index_select(0, tokens.flat_index),
         completion_index=tokens.owners,
         completion_lengths=tuple(tokens.counts.tolist()),
         num_unshared_tokens=sum(needed),
@@ -83,105 +81,77 @@ def pack_segments(
     """
     check_token_ids(token_ids)
     _check_parents(parents, num_segments=len(token_ids))
-    lengths = lengths_of(token_ids)
-    depths = _depths(lengths.tolist(), parents)
-    if trained is None:
-        trained = [
-            torch.arange(depth, depth + len(ids)) > 0
-            for depth, ids in zip(depths, token_ids, strict=True)
-        ]
-    check_masks(trained, token_ids)
-    tokens = trained_tokens(trained, lengths)
-    begins = tokens.offsets + torch.tensor(depths)[tokens.owners] == 0
-    _check_predicted(begins, tokens.owners, "segment")
-    return _pack_forest(token_ids, parents, depths, tokens)
-
-
-def _pack_forest(
-    token_ids: Sequence[Tensor], parents: Sequence[int], depths: Sequence[int],
-    tokens: TrainedTokens,
-) -> Plan:  # fmt: skip
-    """The plan of a checked forest: the segments that are needed, in depth-first preorder."""
-    lengths = lengths_of(token_ids)
-    is_needed, has_children = _needed_segments(parents, tokens.counts.tolist())
-    order = [s for s in depth_first(parents, range(len(parents))) if is_needed[s]]
-    number = {segment: index for index, segment in enumerate(order)} | {-1: -1}
-    inputs = torch.where(torch.tensor(has_children), lengths, tokens.needed)
-    kept = torch.tensor(order)
-    segments = make_segments(inputs[kept], [number[parents[s]] for s in order])
-    starts = torch.zeros_like(lengths).index_copy(0, kept, segments.starts)
+    lengths, above = lengths_of(token_ids), torch.tensor(parents, dtype=torch.int64)
+    jumps, _ = climb(above)
+    depths = path_lengths(lengths, jumps) - lengths
+    mask = flat_mask(trained, token_ids, lengths, depths == 0, name="segment")
+    tokens = trained_tokens(mask, lengths)
+    is_needed, has_children = _needed_segments(tokens.counts > 0, jumps)
+    order = torch.tensor(depth_first(parents, range(len(parents))))
+    kept = order[is_needed[order]]
+    number = torch.full((len(parents) + 1,), -1).index_copy_(0, kept, torch.arange(len(kept)))
+    inputs = torch.where(has_children, lengths, tokens.needed)
+    segments = make_segments(inputs[kept], number[jumps[0][kept]])
+    starts = torch.zeros_like(lengths).index_copy_(0, kept, segments.starts)
     flat = torch.cat(list(token_ids))
-    rows = inputs.tolist()
+    places = ranges((lengths.cumsum(0) - lengths)[kept], segments.lengths)
     return Plan(
-        input_ids=flat[ranges((lengths.cumsum(0) - lengths)[kept], segments.lengths)],
+        input_ids=flat.index_select(0, places),
         segments=segments,
         source_index=torch.where(
             tokens.offsets > 0,
-            starts[tokens.owners] + tokens.offsets - 1,
-            _tokens_before(starts.tolist(), rows, parents)[tokens.owners],
+            (starts - 1).index_select(0, tokens.owners) + tokens.offsets,
+            _tokens_before(starts, inputs, jumps).index_select(0, tokens.owners),
         ),
-        target_ids=flat[tokens.flat_index],
+        target_ids=flat.index_select(0, tokens.flat_index),
         completion_index=tokens.owners,
         completion_lengths=tuple(tokens.counts.tolist()),
-        num_unshared_tokens=sum(depths[s] + rows[s] for s in order if not has_children[s]),
+        num_unshared_tokens=int((depths + inputs)[is_needed & ~has_children].sum()),
     )
 
 
-def _on_paths(segments: Segments, leaves: Sequence[int], tokens: TrainedTokens) -> Tensor:
-    """(S,) the packed position before each trained token, on the path to its sequence's leaf."""
-    levels = [torch.tensor(leaves)]
-    while (levels[-1] >= 0).any():
-        segment = levels[-1]
-        levels.append(torch.where(segment >= 0, segments.parents[segment], -1))
-    paths = torch.stack(levels[::-1], dim=1)  # (B, depth), -1 before the root
-    runs = paths[paths >= 0]
-    # All paths one after the other, cut into runs of adjacent packed tokens.
-    run_lengths = segments.lengths[runs]
-    run_ends = run_lengths.cumsum(0)
-    path_starts = tokens.needed.cumsum(0) - tokens.needed
-    before = path_starts[tokens.owners] + tokens.offsets - 1
-    run = torch.searchsorted(run_ends, before, right=True)
-    return (segments.starts[runs] - (run_ends - run_lengths))[run] + before
+def _on_paths(
+    segments: Segments, leaves: Sequence[int], tokens: TrainedTokens, lengths: Tensor
+) -> Tensor:
+    """(S,) the packed position before each trained token, on the path to its sequence's leaf.
+
+    lengths: (B,) of the sequences. All paths one after the other are runs of adjacent packed
+    tokens; a token is predicted from within a run iff its own place is one further.
+    """
+    jumps, levels = climb(segments.parents)
+    ends = torch.tensor(leaves)
+    num_runs = levels[ends]  # of each path; the node -1 stands above all roots and has none
+    sequence = torch.repeat_interleave(num_runs)
+    steps = num_runs.cumsum(0)[sequence] - 1 - torch.arange(len(sequence))
+    run = climbed(ends[sequence], steps, jumps)
+    first = (lengths.cumsum(0) - lengths)[sequence] + 1 + segments.depths[run]
+    shifts = segments.starts[run] - segments.depths[run]
+    counts = tokens.num_before[first + segments.lengths[run]] - tokens.num_before[first]
+    return shifts.repeat_interleave(counts, output_size=len(tokens.offsets)) + tokens.offsets - 1
 
 
-def _depths(lengths: Sequence[int], parents: Sequence[int]) -> list[int]:
-    """(M,) tokens on the path before each segment."""
-    depths: list[int] = []
-    for parent in parents:
-        depths.append(depths[parent] + lengths[parent] if parent >= 0 else 0)
-    return depths
+def _needed_segments(has_trained: Tensor, jumps: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(M,) bool each: whether a segment or one below it has trained tokens; whether one below has.
+
+    jumps: as `climb` gives them; what is known of a segment goes up 1, 2, 4 ... steps.
+    """
+    is_needed = pad(has_trained, (0, 1))
+    for jump in jumps:
+        is_needed[jump[is_needed]] = True
+    has_children = torch.zeros_like(is_needed)
+    has_children[jumps[0][:-1][is_needed[:-1]]] = True
+    return is_needed[:-1], has_children[:-1]
 
 
-def _needed_segments(
-    parents: Sequence[int], num_trained: Sequence[int]
-) -> tuple[list[bool], list[bool]]:
-    """Whether a segment or one below it has trained tokens, and whether one below it has."""
-    is_needed = [count > 0 for count in num_trained]
-    has_children = [False] * len(parents)
-    for segment in reversed(range(len(parents))):
-        if is_needed[segment] and parents[segment] >= 0:
-            is_needed[parents[segment]] = has_children[parents[segment]] = True
-    return is_needed, has_children
-
-
-def _tokens_before(starts: Sequence[int], lengths: Sequence[int], parents: Sequence[int]) -> Tensor:
+def _tokens_before(starts: Tensor, lengths: Tensor, jumps: list[Tensor]) -> Tensor:
     """(M,) the packed position of the last token on the path before each segment, -1 for none."""
-    before: list[int] = []
-    for parent in parents:
-        if parent >= 0 and lengths[parent] > 0:
-            before.append(starts[parent] + lengths[parent] - 1)
-        else:
-            before.append(before[parent] if parent >= 0 else -1)
-    return torch.tensor(before)
-
-
-def _check_predicted(begins: Tensor, owners: Tensor, name: str) -> None:
-    """Refuse to train on the first token of a path."""
-    if begins.any():
-        raise ValueError(
-            f"expected an untrained first token, which nothing predicts, got a trained one in "
-            f"{name} {int(owners[begins][0])}"
-        )
+    top = len(starts)
+    ends = pad(starts + lengths, (0, 1))
+    # The nearest segment on the path that has tokens, each segment itself counted.
+    nearest = torch.where(pad(lengths, (0, 1)) > 0, torch.arange(top + 1), jumps[0])
+    for _ in jumps:
+        nearest = nearest[nearest]
+    return ends[nearest[jumps[0][:-1]]] - 1
 
 
 def _check_parents(parents: Sequence[int], *, num_segments: int) -> None:
@@ -190,21 +160,21 @@ def _check_parents(parents: Sequence[int], *, num_segments: int) -> None:
             f"expected one parent per segment, got {len(parents)} parents for {num_segments} "
             "segments; the parent of a root is -1"
         )
-    for segment, parent in enumerate(parents):
-        if not -1 <= parent < num_segments:
-            raise ValueError(
-                f"expected -1 or a segment below {num_segments} as the parent of segment "
-                f"{segment}, got {parent}"
-            )
-    for segment, parent in enumerate(parents):
-        if parent < segment:
-            continue
-        above = parent
-        for _ in range(num_segments):
-            above = parents[above] if above not in (-1, segment) else above
-        if above == segment:
-            raise ValueError(f"expected a forest, got a cycle: segment {segment} is below itself")
+    segment = next((s for s, parent in enumerate(parents) if not -1 <= parent < s), None)
+    if segment is None:
+        return
+    parent = parents[segment]
+    if not -1 <= parent < num_segments:
         raise ValueError(
-            f"expected parents before their children, got segment {parent} as the parent of "
-            f"segment {segment}"
+            f"expected -1 or a segment below {num_segments} as the parent of segment {segment}, "
+            f"got {parent}"
         )
+    above = parent
+    for _ in range(num_segments):
+        above = parents[above] if above != segment and 0 <= above < num_segments else above
+    if above == segment:
+        raise ValueError(f"expected a forest, got a cycle: segment {segment} is below itself")
+    raise ValueError(
+        f"expected parents before their children, got segment {parent} as the parent of "
+        f"segment {segment}"
+    )

@@ -2,8 +2,8 @@
 
 N packed tokens, M segments, H query heads, Hkv key heads. A tile never straddles two segments, so
 what a token gets depends on its own path alone: its bits are the same in every row. The tables are
-made on the device of the segments, once for all layers of a kind; making them waits for the device,
-launches do not.
+made on the CPU, from numbers that it has, and moved to the device once for all layers of a kind:
+nobody waits for the device.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from fastrl_kernels.segments import Segments
+from fastrl_kernels.segments import Segments, climb, climbed
 
 LEAST_STEPS = 4  # below, writing and adding up the sums of a unit costs more than its work
 
@@ -62,47 +62,35 @@ def tiles_of(segments: Segments, sizes: Sizes) -> Tiles:
 
 
 def make_tiles(segments: Segments, sizes: Sizes) -> Tiles:
-    """The tables of a forest with at least one token."""
-    paths, path_starts = _paths(segments)
-    units, splits, num_slots = _key_units(segments, sizes)
+    """The tables of a forest with at least one token, on its device."""
+    device, forest = segments.ends.device, segments.host
+    paths, path_starts = _paths(forest)
+    units, splits, num_slots = _key_units(forest, sizes)
     return Tiles(
-        paths=paths,
-        query_tiles=_query_tiles(segments, sizes.query_tile, path_starts),
-        key_units=units,
-        key_splits=splits,
+        paths=paths.to(device),
+        query_tiles=_query_tiles(forest, sizes.query_tile, path_starts).to(device),
+        key_units=units.to(device),
+        key_splits=splits.to(device),
         positions=segments.positions.to(torch.int32),
         num_slots=num_slots,
     )
 
 
 def _paths(segments: Segments) -> tuple[Tensor, Tensor]:
-    """The entries of all paths, and (M + 1,) where the path of each segment starts.
-
-    Ancestors come from tables of the 1st, 2nd, 4th ... one, so any depth takes log2(M) steps.
-    """
-    num_segments = segments.num_segments
-    above = torch.where(segments.parents < 0, num_segments, segments.parents)
-    above = torch.nn.functional.pad(above, (0, 1), value=num_segments)  # what is above all roots
-    depths = (torch.arange(num_segments + 1, device=above.device) < num_segments).long()
-    jumps = []
-    for _ in range(num_segments.bit_length()):
-        jumps.append(above)
-        depths = depths + depths[above]
-        above = above[above]
-    ends = depths[:-1].cumsum(0)
-    owner = _repeated(depths[:-1])
-    climb = ends[owner] - 1 - torch.arange(owner.shape[0], device=owner.device)
-    node = owner
-    for power, jump in enumerate(jumps):
-        node = torch.where((climb >> power) % 2 == 1, jump[node], node)
-    columns = (segments.starts[node], segments.lengths[node], _first_positions(segments)[node])
+    """The entries of all paths, and (M + 1,) where the path of each segment starts."""
+    jumps, levels = climb(segments.parents)
+    ends = levels[:-1].cumsum(0)
+    owner = torch.repeat_interleave(levels[:-1])
+    steps = ends[owner] - 1 - torch.arange(len(owner))
+    node = climbed(owner, steps, jumps)
+    columns = (segments.starts[node], segments.lengths[node], segments.depths[node])
     return _table(*columns), torch.nn.functional.pad(ends, (1, 0))
 
 
 def _query_tiles(segments: Segments, size: int, path_starts: Tensor) -> Tensor:
     """Tiles of queries, the deepest first."""
     segment, offset = _tiles(segments, size)
-    depth = _first_positions(segments)[segment] + offset
+    depth = segments.depths[segment] + offset
     tiles = _table(
         segments.starts[segment] + offset, offset, path_starts[segment], path_starts[segment + 1]
     )
@@ -132,13 +120,11 @@ def _key_units(segments: Segments, sizes: Sizes) -> tuple[Tensor, Tensor, int]:
 
     num_slots = torch.where(num_units > 1, num_units, 0)
     slots = num_slots.cumsum(0) - num_slots
-    tile = _repeated(num_units)
-    index = (
-        torch.arange(tile.shape[0], device=tile.device) - (num_units.cumsum(0) - num_units)[tile]
-    )
+    tile = torch.repeat_interleave(num_units)
+    index = torch.arange(len(tile)) - (num_units.cumsum(0) - num_units)[tile]
     begins = index * size[tile]
     units = _table(
-        first[tile], num_keys[tile], (_first_positions(segments)[segment] + offset)[tile],
+        first[tile], num_keys[tile], (segments.depths[segment] + offset)[tile],
         ends[tile], steps_per_head[tile], begins, torch.minimum(begins + size[tile], steps[tile]),
         torch.where(num_units[tile] > 1, slots[tile] + index, -1),
     )  # fmt: skip
@@ -150,19 +136,9 @@ def _key_units(segments: Segments, sizes: Sizes) -> tuple[Tensor, Tensor, int]:
 def _tiles(segments: Segments, size: int) -> tuple[Tensor, Tensor]:
     """Segment, and index of the first token in it, of every tile of `size` tokens."""
     counts = _ceil_div(segments.lengths, size)
-    segment = _repeated(counts)
-    index = torch.arange(segment.shape[0], device=segment.device)
+    segment = torch.repeat_interleave(counts)
+    index = torch.arange(len(segment))
     return segment, (index - (counts.cumsum(0) - counts)[segment]) * size
-
-
-def _first_positions(segments: Segments) -> Tensor:
-    """(M,) position of each segment's first token; of an empty segment, any."""
-    return segments.positions[segments.starts.clamp(max=segments.num_tokens - 1)]
-
-
-def _repeated(counts: Tensor) -> Tensor:
-    """Indices, each as often as its count."""
-    return torch.arange(counts.shape[0], device=counts.device).repeat_interleave(counts)
 
 
 def _table(*columns: Tensor) -> Tensor:
