@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrl.packing.shared_tokens import DistinctRows, distinct_rows
 from fastrl_kernels.segments import Segments
 
 
@@ -79,6 +80,14 @@ class Plan:
                 f"got {tuple(values.shape)}"
             )
         return list(values.split(list(self.completion_lengths)))
+
+    def distinct_rows(self) -> DistinctRows:
+        """Tokens that several completions share and train, as one row at the head each.
+
+        Log-probabilities of the U rows, then `spread` to all S tokens, cost the head once per row
+        and leave every completion its own advantage, ratio and clip.
+        """
+        return distinct_rows(self.source_index, self.target_ids)
 
     def to(self, device: torch.device) -> Plan:
         """The same plan with its tensors on `device`."""

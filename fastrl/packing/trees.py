@@ -38,10 +38,10 @@ def pack_tree(
     `min_token_ratio`, every sequence is a plain row of its own. 1 shares always.
 
     A token that several sequences share and train is there once per sequence in `source_index` and
-    `target_ids`. The hidden state is computed once; only its row at the head is repeated. So each
-    sequence keeps its own advantage, ratio and clip. One row with the sum of the weights would be
-    cheaper and wrong where the sequences' advantages differ in sign: a clip drops one side's
-    gradient and keeps the other's, which no sum of weights can say.
+    `target_ids`. The hidden state is computed once; only its row at the head is repeated, so that
+    each sequence has its own advantage, ratio and clip. `Plan.distinct_rows` runs the head once per
+    row all the same, `fastrl.merged_tokens` has two rows each for a loss in one pass. A row that is
+    too long for one pass: `pack_tree_passes`.
     """
     check_token_ids(sequences)
     lengths = lengths_of(sequences)
