@@ -38,9 +38,6 @@ LONG_ROPE = {
 @pytest.mark.parametrize(
     ("model_type", "fields", "reason"),
     [
-        ("qwen3_next", HYBRID, "linear_attention"),
-        ("qwen3_5_text", HYBRID, "linear_attention"),
-        ("lfm2", {**TINY, "layer_types": ["conv", "full_attention"]}, "conv"),
         ("falcon_h1", HYBRID, "hybrid|convolution"),
         ("granitemoehybrid", HYBRID, "linear_attention|mamba|convolution"),
         ("mamba", HYBRID, "linear_attention|attention interface|convolution"),

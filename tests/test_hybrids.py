@@ -1,0 +1,110 @@
+"""Layers that mix tokens without attention: a packed forest gives what each path alone gives.
+
+Truth is the stock model, one forward per path from the root, in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
+from fastrl.packing import Plan, pack_segments
+from tests.helpers import random_ids, tiny_model
+from tests.test_families import MOE, float64_throughout, loss_and_gradients, packed_logits
+
+__all__ = ["float64_throughout"]  # runs in every test of this file
+
+DELTA = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6, "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+EXPERTS = {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 16}
+SHORT_CONV = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "lfm2": {**SHORT_CONV, "conv_L_cache": 3, "conv_bias": True},
+    "lfm2_moe": {**SHORT_CONV, **MOE, "num_experts": 4, "num_dense_layers": 1},
+    "qwen3_5_moe_text": {**DELTA, **EXPERTS},
+    "qwen3_5_text": DELTA,
+    "qwen3_next": {**DELTA, **EXPERTS, "mlp_only_layers": [0]},
+}
+FORESTS: dict[str, tuple[list[int], list[int]]] = {
+    "a group": ([7, 6, 0, 11, 1], [-1, 0, 0, 0, 0]),
+    "prompts shorter than the kernel, in one row": (
+        [2, 5, 0, 1, 4, 1, 3, 2, 6],
+        [-1, 0, 0, 0, -1, 4, 4, -1, -1],
+    ),
+    "a tree with empty and short segments": (
+        [2, 1, 0, 3, 1, 5, 0, 0, 4, 1, 2, 3],
+        [-1, 0, 1, 2, 2, 1, 0, 6, 7, 7, 9, 9],
+    ),
+    "beyond a chunk of the delta rule": ([70, 65, 3, 130], [-1, 0, 0, 0]),
+}
+
+
+def hybrid(model_type: str) -> Any:
+    """A tiny model whose attention is the plainest that transformers has."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {model_type}")
+    model = tiny_model(model_type, **{"max_position_embeddings": 256, **HYBRIDS[model_type]})
+    model.set_attn_implementation("eager")
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("batched_mm")  # rows do not depend on how many there are
+    return model.train()
+
+
+def plan_of(forest: str, seed: int = 0) -> tuple[Plan, list[Tensor]]:
+    """The plan, and the path of each segment from its root."""
+    lengths, parents = FORESTS[forest]
+    segments = random_ids(lengths, seed=seed)
+    paths: list[Tensor] = []
+    for segment, parent in zip(segments, parents, strict=True):
+        paths.append(segment if parent < 0 else torch.cat([paths[parent], segment]))
+    return pack_segments(segments, parents), paths
+
+
+def separate_logits(model: Any, plan: Plan, paths: list[Tensor]) -> Tensor:
+    """(S, V) logits of the trained tokens, one forward per path."""
+    logits = []
+    for path, num_trained in zip(paths, plan.completion_lengths, strict=True):
+        if num_trained:
+            of_path = model(input_ids=path[None], use_cache=False).logits[0]
+            logits.append(of_path[-num_trained - 1 : -1])
+    return torch.cat(logits)
+
+
+def assert_packing_changes_nothing(model: Any, forest: str) -> None:
+    """Plain and with checkpointed layers."""
+    plan, paths = plan_of(forest)
+    expected = separate_logits(model, plan, paths)
+    loss, gradients = loss_and_gradients(model, expected, plan.target_ids)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        logits = packed_logits(model, plan)
+        packed_loss, packed = loss_and_gradients(model, logits, plan.target_ids)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
+        torch.testing.assert_close(packed_loss, loss, rtol=1e-11, atol=1e-11)
+        assert packed.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            error = (packed[name] - gradient).abs().max()
+            assert error <= 1e-11 * max(1.0, float(gradient.abs().max())), name
+
+
+@pytest.mark.parametrize("forest", FORESTS)
+@pytest.mark.parametrize("model_type", sorted(HYBRIDS))
+def test_logits_loss_and_every_gradient(model_type, forest):
+    assert_packing_changes_nothing(hybrid(model_type), forest)
+
+
+@pytest.mark.parametrize("model_type", sorted(HYBRIDS))
+def test_adapters(model_type):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(hybrid(model_type), config).double().train()
+    assert_packing_changes_nothing(model, "a tree with empty and short segments")
