@@ -78,6 +78,8 @@ def belongs(module: str, homes: tuple[str, ...]) -> bool:
 @pytest.mark.parametrize("module", sorted(KERNELS))
 def test_kernels_need_only_torch_and_triton(module):
     allowed = {"torch", "triton", "fastrl_kernels", *sys.stdlib_module_names}
+    if module == "fastrl_kernels.segment_attention.flash":  # within a function, as for all extras
+        allowed.add("flash_attn")
     assert packages(imports(KERNELS[module])) <= allowed
 
 
@@ -102,9 +104,9 @@ def test_transformers_is_imported_where_models_live(module):
     assert belongs(module, TRANSFORMERS_HOMES) or names <= allowed
 
 
-@pytest.mark.parametrize("module", sorted(FASTRL))
+@pytest.mark.parametrize("module", sorted({**FASTRL, **KERNELS}))
 def test_optional_packages_are_imported_inside_functions(module):
-    assert not top_level(FASTRL[module]) & OPTIONAL
+    assert not top_level({**FASTRL, **KERNELS}[module]) & OPTIONAL
 
 
 @pytest.mark.parametrize("module", sorted({**FASTRL, **KERNELS}))

@@ -1,15 +1,30 @@
 """Attention over a forest of segments: completions see their shared prompt, never each other."""
 
+import warnings
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from fastrl_kernels.implementation import choose_implementation
+from fastrl_kernels.segment_attention.choice import (
+    IMPLEMENTATIONS,
+    Choice,
+    choose_attention,
+    facts_of,
+    obstacle_to,
+)
 from fastrl_kernels.segment_attention.op import path_attention_op
 from fastrl_kernels.segment_attention.reference import segment_attention_reference
 from fastrl_kernels.segment_attention.sdpa import segment_attention_sdpa
 from fastrl_kernels.segments import Segments
 
-__all__ = ["segment_attention", "segment_attention_reference"]
+__all__ = [
+    "Choice",
+    "choose_attention",
+    "facts_of",
+    "segment_attention",
+    "segment_attention_reference",
+]
 
 
 def segment_attention(
@@ -31,13 +46,13 @@ def segment_attention(
     path, the token itself included. softcap: softcap * tanh(scaled score / softcap). sinks: (H,)
     logits that take part in the denominator only.
 
-    implementation: "triton" needs a GPU, or the interpreter; it has no kernel for float32 heads
-    above 128. "torch" takes one path at a time and gives a completion the same bits in any
-    row. "auto" does too, but for rows of many tiny segments, where PyTorch's own attention through
-    an (N, N) mask is faster and equal to rounding.
+    implementation: "triton" is the kernels on a GPU, or under the interpreter. "torch" takes one
+    path at a time on any device. Both give a completion the same bits in any row. Three more are
+    PyTorch's, equal to rounding: "sdpa" with an (N, N) mask; "flex", compiled, without gradients
+    on a CPU; "varlen", calls of flash attention merged by log-sum-exp. Each raises where it cannot
+    compute what is asked for. "auto" picks one, as `choose_attention` tells for `facts_of` the
+    inputs, and warns where a GPU gets none of the kernels.
     """
-    chosen = choose_implementation(implementation, q)
-    has_extras = softcap is not None or sinks is not None
     _check_shapes(q, k, v, segments)
     if window is not None and window < 1:
         raise ValueError(
@@ -51,32 +66,58 @@ def segment_attention(
             f"sinks must have one value per head, shape ({q.shape[1]},) on {q.device}, got "
             f"{tuple(sinks.shape)} on {sinks.device}; pass None for none"
         )
+    name = _choose(implementation, q, v, segments, window, softcap, sinks)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    if chosen == "triton" and (implementation == "triton" or not _is_too_wide(q, v)):
+    if name == "torch":
+        lengths, parents = segments.lengths, segments.parents
+        return path_attention_op(q, k, v, sinks, lengths, parents, scale, window, softcap)
+    if name == "sdpa":
+        return segment_attention_sdpa(q, k, v, segments, scale=scale, window=window)
+    return _function(name)(
+        q, k, v, segments, scale=scale, window=window, softcap=softcap, sinks=sinks
+    )
+
+
+def _function(name: str) -> Callable[..., Tensor]:
+    """Imported where it is needed: triton may be missing, and FlexAttention loads the compiler."""
+    if name == "triton":
         from fastrl_kernels.segment_attention.triton_op import segment_attention_triton
 
-        return segment_attention_triton(
-            q, k, v, segments, scale=scale, window=window, softcap=softcap, sinks=sinks
+        return segment_attention_triton
+    if name == "flex":
+        from fastrl_kernels.segment_attention.flex import segment_attention_flex
+
+        return segment_attention_flex
+    from fastrl_kernels.segment_attention.varlen import segment_attention_varlen
+
+    return segment_attention_varlen
+
+
+def _choose(
+    implementation: str, q: Tensor, v: Tensor, segments: Segments, window: int | None,
+    softcap: float | None, sinks: Tensor | None,
+) -> str:  # fmt: skip
+    """Name of the implementation to run; a choice that cannot be met raises."""
+    if implementation == "torch":
+        return "torch"
+    facts = facts_of(q, v, segments.num_segments, window, softcap is not None, sinks is not None)
+    if implementation == "auto":
+        choice = choose_attention(facts)
+        if q.is_cuda and choice.name != "triton" and q.dtype != torch.float64:
+            warnings.warn(f"segment attention runs as {choice.name}: {choice.reason}", stacklevel=3)
+        return choice.name
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(f'"{name}"' for name in IMPLEMENTATIONS)
+        raise ValueError(
+            f'implementation must be "auto", {known}, got {implementation!r}; use "auto"'
         )
-    if implementation == "auto" and not has_extras and _is_tiny(q, segments):
-        return segment_attention_sdpa(q, k, v, segments, scale=scale, window=window)
-    lengths, parents = segments.lengths, segments.parents
-    return path_attention_op(q, k, v, sinks, lengths, parents, scale, window, softcap)
-
-
-PAIRS_PER_SEGMENT = 20_000
-"""Masked scores that take as long as the fixed cost of a segment, on a 2-core CPU."""
-
-
-def _is_too_wide(q: Tensor, v: Tensor) -> bool:
-    """Whether there is no kernel for such heads."""
-    return max(q.shape[2], v.shape[2]) > (128 if q.dtype == torch.float32 else 256)
-
-
-def _is_tiny(q: Tensor, segments: Segments) -> bool:
-    """Whether all pairs of the row are cheaper than one segment after another."""
-    num_pairs = q.shape[0] * q.shape[0] * q.shape[1]
-    return num_pairs < PAIRS_PER_SEGMENT * segments.num_segments
+    obstacle = obstacle_to(implementation, facts)
+    if obstacle is not None:
+        raise ValueError(
+            f'implementation="{implementation}" is impossible: {obstacle}; use "torch"'
+        )
+    is_empty = q.shape[0] == 0 and implementation != "triton"
+    return "torch" if is_empty else implementation
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
