@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -85,6 +86,13 @@ def _check_lengths(config: Config, trainer: Trainer) -> None:
     trainer.encode([*first, *trainer.task.known_examples()])
     positions = getattr(trainer.policy.model.config.get_text_config(), "max_position_embeddings", 0)
     needed = config.rollout.max_prompt_length + config.rollout.max_completion_length
+    rows = trainer.head_row_cost * config.rollout.max_completion_length
+    if needed - 1 + rows > config.max_tokens_per_pass:
+        raise InputError(
+            f"max_tokens_per_pass must hold one prompt and completion with its rows at the head, "
+            f"at least {math.ceil(needed - 1 + rows)} tokens ({rows:.1f} of them for the rows), "
+            f"got {config.max_tokens_per_pass}"
+        )
     if positions and needed > positions:
         raise InputError(
             f"max_prompt_length + max_completion_length is {needed} tokens but the model has "

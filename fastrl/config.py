@@ -213,7 +213,8 @@ class Config:
     prompts_per_step: Count = 8
     """Prompts a step (P); the step trains on P * num_generations completions."""
     max_tokens_per_pass: Count = 4096
-    """Most packed tokens in one forward and backward pass; a prompt counts once for its group."""
+    """Most packed tokens in one forward and backward pass; a prompt counts once for its group, and
+    the head's row of a trained token as the part of a packed token that it keeps in memory."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrl.methods.inputs import StepInputs
-from fastrl.packing import PackedPass
+from fastrl.packing import PackedPass, split_cost
 from fastrl.selection import zero_spread_fraction
 from fastrl.types import Rewards, Rollouts, StepMetrics
 from fastrl_kernels import PolicyLoss, token_loss
@@ -136,12 +136,13 @@ def advantage_metrics(inputs: StepInputs) -> StepMetrics:
 
 
 def packing_metrics(passes: Sequence[PackedPass]) -> StepMetrics:
-    """How many passes the step took and what sharing prompts saved."""
+    """How many passes the step took, what sharing prompts saved and what splitting groups cost."""
     packed = sum(len(item.plan.input_ids) for item in passes)
     unshared = sum(item.plan.num_unshared_tokens for item in passes)
     return {
         "packing/passes": float(len(passes)),
         "packing/tokens": float(packed),
+        "packing/repeated_tokens": float(split_cost(passes)),
         "packing/token_ratio": unshared / packed if packed else 1.0,
     }
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrl.activations import head_row_cost
 from fastrl.config import Config
 from fastrl.encoding import decode_completions, encode_prompts, encode_solution
 from fastrl.loss import policy_pass_loss
@@ -99,6 +100,11 @@ class Trainer:
             top_k=config.rollout.top_k,
             min_p=config.rollout.min_p,
         )
+        self.head_row_cost = head_row_cost(
+            policy.model.config,
+            bf16=policy.bf16,
+            is_checkpointed=config.model.gradient_checkpointing,
+        )
         self.optimizer = make_adamw(
             policy.model,
             learning_rate=config.optim.learning_rate,
@@ -176,6 +182,7 @@ class Trainer:
             advantages,
             completion_weights(self.method, inputs),
             max_tokens_per_pass=self.config.max_tokens_per_pass,
+            head_row_cost=self.head_row_cost,
             device=self.policy.device,
             dtype=accumulation_dtype(self.policy.lm_head.weight.dtype),
         )

@@ -47,6 +47,7 @@ class WarmStart:
             advantages=torch.ones(size),
             completion_weights=token_mean(solutions.lengths),
             max_tokens_per_pass=self.config.max_tokens_per_pass,
+            head_row_cost=self.trainer.head_row_cost,
             device=self.policy.device,
             dtype=self.policy.lm_head.weight.dtype,
         )

@@ -220,6 +220,7 @@ def test_bad_commands(capsys, words, message):
         (["--rollout.engine", "vlm"], "unknown rollout.engine 'vlm'"),
         (["--rollout.max-prompt-length", "3"], "max_prompt_length"),
         (["--rollout.max-completion-length", "100"], "max_tokens_per_pass must hold"),
+        (["--max-tokens-per-pass", "55"], "at least 56 tokens (0.5 of them for the rows)"),
         (["--rollout.max-prompt-length", "127", "--max-tokens-per-pass", "500"], "128 positions"),
         (["--model.path", "nowhere"], "model.path and model.architecture exclude each other"),
         (["--model.device", "gpu"], "model.device must be auto, cpu, cuda or cuda:N"),

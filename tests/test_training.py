@@ -221,6 +221,26 @@ def test_rewards_that_all_agree_leave_the_policy_alone(tmp_path):
     assert {row["frac_reward_zero_std"] for row in rows} == {1.0}
 
 
+def test_tokens_that_split_groups_repeat_are_counted(tmp_path):
+    """A split changes no loss, and what it costs is what the step has more to encode."""
+    found = {}
+    rollout = RolloutConfig(num_generations=12, max_prompt_length=48, max_completion_length=5)
+    for budget in (53, 4096):
+        config = tiny_config(
+            tmp_path / str(budget), max_tokens_per_pass=budget, max_steps=1,
+            warm_start=WarmStartConfig(), data=DataConfig(eval_size=2), rollout=rollout,
+        )  # fmt: skip
+        train(config)
+        (found[budget],) = [row for row in numbers(tmp_path / str(budget)) if "loss" in row]
+    tight, wide = found[53], found[4096]
+    assert wide["packing/repeated_tokens"] == 0
+    extra = tight["packing/tokens"] - wide["packing/tokens"]
+    assert tight["packing/repeated_tokens"] == extra > 0
+    assert tight["packing/passes"] > wide["packing/passes"] == 1
+    for name in ("loss", "grad_norm"):
+        assert tight[name] == pytest.approx(wide[name], rel=1e-4, abs=1e-7)
+
+
 @pytest.mark.parametrize("method", ["dr_grpo", "lite_ppo", "cispo", "rloo", "reinforce"])
 def test_every_method_trains(tmp_path, method):
     config = tiny_config(tmp_path / "run", method=method, max_steps=2)
