@@ -11,14 +11,7 @@ from torch import Tensor
 from fastrl.packing import pack_tree, pack_tree_passes
 from fastrl_kernels import LMHead, linear_logps
 from tests.helpers import random_ids, tiny_model, with_float64_norms
-
-
-def ids(values: list[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def bools(values: list[bool]) -> Tensor:
-    return torch.tensor(values, dtype=torch.bool)
+from tests.helpers_packing import bools, ids
 
 
 def prefixes(tokens: list[int], mask: list[bool]) -> set[tuple[int, ...]]:
