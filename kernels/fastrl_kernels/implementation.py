@@ -13,11 +13,10 @@ def interprets_triton() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def choose_implementation(implementation: str, tensor: Tensor, *, has_kernel: bool = True) -> str:
+def choose_implementation(implementation: str, tensor: Tensor) -> str:
     """Name of the implementation to run; "auto" picks, and a choice that cannot be met raises.
 
     Triton kernels run on a GPU, and under its interpreter on a CPU; in float64 there are none.
-    has_kernel: whether the function has one at all.
     """
     if implementation not in ("auto", "torch", "triton"):
         raise ValueError(
@@ -27,9 +26,7 @@ def choose_implementation(implementation: str, tensor: Tensor, *, has_kernel: bo
     if implementation == "torch":
         return "torch"
     obstacle = None
-    if not has_kernel:
-        obstacle = "this function has no Triton kernel"
-    elif importlib.util.find_spec("triton") is None:
+    if importlib.util.find_spec("triton") is None:
         obstacle = "triton is not installed"
     elif tensor.dtype == torch.float64:
         obstacle = "there are no kernels for float64"

@@ -3,12 +3,17 @@
 S tokens, D hidden, V vocabulary.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from fastrl_kernels import (
     LMHead,
+    Segments,
     explain,
     linear_logps,
     make_segments,
@@ -19,7 +24,8 @@ from fastrl_kernels import (
 )
 from fastrl_kernels.objectives import Objective, Regulariser, clipped_ratio, k3
 from fastrl_kernels.policy_loss import policy_loss_reference
-from fastrl_kernels.segment_attention import segment_attention_reference
+from fastrl_kernels.segment_attention import flash, segment_attention_reference
+from fastrl_kernels.segment_attention.varlen import segment_attention_varlen
 from fastrl_kernels.selected_logps import selected_logps_reference
 from fastrl_kernels.token_loss import token_loss_reference
 
@@ -225,29 +231,94 @@ def test_a_row_alone_and_in_a_batch_and_the_ratio_on_policy():
     assert torch.equal(out.logps, together.logps)
 
 
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-@pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize("options", [{}, {"window": 100, "softcap": 20.0}])
-def test_segment_attention(dtype: torch.dtype, size: int, options: dict) -> None:
-    """Two groups; values and gradients against float64, and the same bits twice."""
-    segments = make_segments([300, 70, 1, 129, 257, 64], [-1, 0, 0, 0, -1, 4]).to("cuda")
+def attention_inputs(dtype: torch.dtype, size: int) -> tuple[list[Tensor], Segments]:
+    """q, k, v of two groups, one of them two levels deep."""
+    parents = [-1, 0, 0, 2, -1, 4]
+    segments = make_segments([300, 70, 1, 129, 257, 64], parents).to("cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     tensors = [
         torch.randn(segments.num_tokens, heads, size, generator=generator, device="cuda").to(dtype)
         for heads in (6, 2, 2)
     ]
+    return tensors, segments
 
-    def run(function, inputs, **settings):  # type: ignore[no-untyped-def]
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        out = function(*leaves, segments, **options, **settings)
-        return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
 
-    found = run(segment_attention, tensors, implementation="triton")
-    truth = run(segment_attention_reference, [x.double() for x in tensors])
+def attention_and_gradients(
+    function: Callable[..., Tensor], tensors: list[Tensor], segments: Segments, **options: Any
+) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    if options.get("sinks") is not None:
+        options["sinks"] = options["sinks"].detach().requires_grad_()
+        leaves.append(options["sinks"])
+    out = function(*leaves[:3], segments, **options)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+def assert_attention_is_right(
+    function: Callable[..., Tensor], tensors: list[Tensor], segments: Segments, **options: Any
+) -> None:
+    """Values and gradients against float64, and the same bits twice."""
+    found = attention_and_gradients(function, tensors, segments, **options)
+    again = attention_and_gradients(function, tensors, segments, **options)
+    wide = [x.double() for x in tensors]
+    truth = attention_and_gradients(segment_attention_reference, wide, segments, **options)
+    dtype = tensors[0].dtype
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[dtype]
-    for value, wide in zip(found, truth, strict=True):
-        error = (value.double() - wide).norm() / wide.norm()
-        assert error < tolerance
-    for value, again in zip(found, run(segment_attention, tensors, implementation="triton"),
-                            strict=True):  # fmt: skip
-        assert torch.equal(value, again)
+    for value, repeated, expected in zip(found, again, truth, strict=True):
+        assert (value.double() - expected).norm() / expected.norm() < tolerance
+        assert torch.equal(value, repeated)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("options", [{}, {"window": 100, "softcap": 20.0}])
+def test_segment_attention(dtype: torch.dtype, size: int, options: dict) -> None:
+    by_kernels = functools.partial(segment_attention, implementation="triton")
+    assert_attention_is_right(by_kernels, *attention_inputs(dtype, size), **options)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("package", ["torch", "flash_attn"])
+def test_segment_attention_by_varlen_flash_attention(
+    dtype: torch.dtype, size: int, package: str
+) -> None:
+    pytest.importorskip(package)
+    kernels = flash.PYTORCH if package == "torch" else flash.flash_attn_kernels()
+    by_flash = functools.partial(segment_attention_varlen, flash=kernels)
+    inputs = attention_inputs(dtype, size)
+    sinks = torch.linspace(-1, 2, 6, device="cuda")
+    assert_attention_is_right(by_flash, *inputs, scale=0.1)
+    assert_attention_is_right(by_flash, *inputs, scale=0.3, window=600, sinks=sinks)
+    if package == "flash_attn":
+        assert_attention_is_right(by_flash, *inputs, scale=0.3, softcap=20.0)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("size", [64, 256])
+def test_segment_attention_by_flex_attention(dtype: torch.dtype, size: int) -> None:
+    torch._dynamo.reset()  # else the variants of other cases count towards the limit
+    by_flex = functools.partial(segment_attention, implementation="flex")
+    inputs = attention_inputs(dtype, size)
+    sinks = torch.linspace(-1, 2, 6, device="cuda")
+    assert_attention_is_right(by_flex, *inputs)
+    assert_attention_is_right(by_flex, *inputs, scale=0.3, softcap=20.0)
+    assert_attention_is_right(by_flex, *inputs, window=100, sinks=sinks)
+
+
+def test_segment_attention_by_a_mask() -> None:
+    """Values and gradients; PyTorch's kernels may add up the gradients in any order."""
+    tensors, segments = attention_inputs(torch.float32, 256)
+    found = attention_and_gradients(
+        segment_attention, tensors, segments, implementation="sdpa", window=100
+    )
+    wide = [x.double() for x in tensors]
+    truth = attention_and_gradients(segment_attention_reference, wide, segments, window=100)
+    for value, expected in zip(found, truth, strict=True):
+        assert (value.double() - expected).norm() / expected.norm() < 1e-5
+
+
+def test_segment_attention_says_when_it_runs_without_its_kernels() -> None:
+    tensors, segments = attention_inputs(torch.float32, 256)
+    with pytest.warns(UserWarning, match="segment attention runs as flex: the kernels take"):
+        segment_attention(*tensors, segments)
