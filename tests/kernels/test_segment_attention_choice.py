@@ -157,6 +157,12 @@ def test_facts_of_tensors() -> None:
         ("varlen", {"head_size": 192}, "up to 256, not 192 and 128"),
         ("varlen", {"head_size": 60, "value_size": 60}, "multiple of 8 up to 256, not 60 and 60"),
         ("varlen", {"has_softcap": True}, "takes the package flash-attn"),
+        (
+            "varlen",
+            {"head_size": 256, "value_size": 256, "machine": GPU._replace(capability=(8, 9))},
+            "no gradients for heads above 192",
+        ),
+        ("varlen", {"head_size": 256, "value_size": 256}, None),
         ("torch", {"dtype": torch.float64, "head_size": 1000}, None),
         ("varlen", {"machine": CPU, "dtype": torch.float64}, None),
         ("flex", {"machine": CPU, "dtype": torch.float64, "head_size": 8}, None),

@@ -28,6 +28,10 @@ MASK_BYTES = 2 * 2**30
 1.25 GiB), not measured."""
 
 
+SMALL_GPUS = ((8, 6), (8, 9), (12, 0), (12, 1))
+"""Capabilities with too little shared memory for PyTorch's flash attention of wide heads."""
+
+
 class Machine(NamedTuple):
     """Where attention runs, and what is installed there."""
 
@@ -67,8 +71,11 @@ class Choice(NamedTuple):
 
 def machine_of(device: torch.device) -> Machine:
     """This machine, for tensors on that device."""
-    is_cuda = device.type == "cuda"
-    capability = torch.cuda.get_device_capability(device) if is_cuda else None
+    capability = None
+    if device.type == "cuda":
+        # torch.compile knows the properties as constants, get_device_capability it does not.
+        properties = torch.cuda.get_device_properties(device)
+        capability = properties.major, properties.minor
     return Machine(device.type, capability, HAS_TRITON, HAS_FLASH_ATTN)
 
 
@@ -182,8 +189,12 @@ def _obstacle_to_varlen(facts: Facts) -> str | None:
             "flash attention takes keys and values of one head size, a multiple of 8 up to 256, "
             f"not {facts.head_size} and {facts.value_size}"
         )
-    if facts.has_softcap and not facts.machine.has_flash_attn:
+    if facts.machine.has_flash_attn:
+        return None
+    if facts.has_softcap:
         return "softcap takes the package flash-attn, which is not installed"
+    if facts.head_size > 192 and facts.machine.capability in SMALL_GPUS:
+        return "PyTorch's flash attention has no gradients for heads above 192 on this GPU"
     return None
 
 
