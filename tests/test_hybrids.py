@@ -108,3 +108,24 @@ def test_adapters(model_type):
     config = peft.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
     model = peft.get_peft_model(hybrid(model_type), config).double().train()
     assert_packing_changes_nothing(model, "a tree with empty and short segments")
+
+
+@pytest.mark.parametrize("model_type", sorted(HYBRIDS))
+def test_float32_errs_no_more_than_one_row_per_path(model_type, monkeypatch):
+    """Values twice as much at most, gradients three times; both against one row in float64."""
+    model, (plan, paths) = hybrid(model_type), plan_of("a tree with empty and short segments")
+
+    def numbers(logits: Tensor) -> list[Tensor]:
+        _, of_parameters = loss_and_gradients(model, logits, plan.target_ids)
+        return [logits.detach(), *of_parameters.values()]
+
+    truth = numbers(separate_logits(model, plan, paths))
+    monkeypatch.undo()
+    model.float()
+    errors = []
+    for logits in (separate_logits(model, plan, paths), packed_logits(model, plan)):
+        pairs = zip(numbers(logits), truth, strict=True)
+        errors.append(torch.stack([(x - true).norm() / true.norm() for x, true in pairs]))
+    alone, packed = errors
+    assert packed[0] <= 2 * alone[0]
+    assert packed[1:].norm() <= 3 * alone[1:].norm()
