@@ -159,10 +159,8 @@ def test_attention_is_restored_and_plain_calls_inside_are_refused():
 
 def test_models_that_would_leak_are_refused():
     plan = pack(*ragged([4], [[3, 2]]))
-    hybrid = tiny_model(
-        "lfm2", layer_types=["conv", "full_attention"], num_hidden_layers=2, block_ff_dim=48
-    )
-    with pytest.raises(InputError, match="conv"), plan.attach(hybrid):
+    recurrent = tiny_model("mamba", state_size=4)
+    with pytest.raises(InputError, match="linear_attention"), plan.attach(recurrent):
         pass
     dropout = tiny_model("qwen3", attention_dropout=0.1).train()
     with pytest.raises(InputError, match="dropout"), plan.attach(dropout):
