@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastrl_kernels import Segments, make_segments, segment_attention
-from fastrl_kernels.segment_attention import flash, flex, segment_attention_reference, varlen
+from fastrl_kernels.segment_attention import flex, segment_attention_reference
 from tests.kernels.test_segment_attention import LENGTHS, NUM_TOKENS, OPTIONS, PARENTS, inputs
 
 FALLBACKS = ["sdpa", "flex", "varlen"]
@@ -115,14 +115,6 @@ def test_windows_over_many_blocks(implementation: str, window: int) -> None:
     assert_equal_to_reference(implementation, tensors, segments, window=window)
 
 
-def test_a_window_within_segments_needs_no_other_mask_above_them() -> None:
-    segments = make_segments([40, 3, 4, 2, 57], [-1, -1, 1, 1, -1])  # shared paths of 7 and 5
-    for window in (7, 11, 100):
-        assert_equal_to_reference("varlen", random_inputs(106), segments, window=window)
-    with pytest.raises(ValueError, match="at least 7 tokens"):
-        segment_attention(*random_inputs(106), segments, window=6, implementation="varlen")
-
-
 @st.composite
 def forests(draw: st.DrawFn) -> Segments:
     lengths, parents, path = [], [], []
@@ -142,32 +134,6 @@ def test_any_forest(segments: Segments, has_extras: bool) -> None:
     extras = {"softcap": 1.5, "sinks": torch.linspace(-2, 3, 6, dtype=torch.float64)}
     assert_equal_to_reference("varlen", tensors, segments, **(extras if has_extras else {}))
     assert_equal_to_reference("sdpa", tensors, segments, window=3 if has_extras else None)
-
-
-@settings(max_examples=100, deadline=None)
-@given(forests())
-def test_the_calls_cover_each_visible_pair_once(segments: Segments) -> None:
-    plan = varlen.make_plan(segments)
-    times = torch.zeros(segments.num_tokens, segments.num_tokens, dtype=torch.int64)
-    rows = torch.arange(segments.num_tokens)
-    for call in (plan.own, *plan.levels):
-        queries, keys = rows[call.queries], rows[call.keys]
-        for query, key in call.sequences.slices():
-            assert len(queries[query]) > 0 < len(keys[key])
-            seen = times.new_ones(len(queries[query]), len(keys[key]))
-            times[queries[query][:, None], keys[key]] += (
-                seen.tril() if call.sequences.is_causal else seen
-            )
-        ends = (call.sequences.query_ends[-1], call.sequences.key_ends[-1])
-        assert ends == (len(queries), len(keys))
-    assert torch.equal(times, segments.visibility().long())
-
-
-def test_a_group_takes_two_calls_and_no_copy_of_the_prompt() -> None:
-    plan = varlen.make_plan(make_segments([50, 7, 0, 9], [-1, 0, 0, 0]))
-    (level,) = plan.levels
-    assert (level.queries, level.keys) == (slice(50, 66), slice(0, 50))
-    assert level.sequences.query_lengths == [16]
 
 
 @pytest.mark.parametrize("implementation", FALLBACKS)
@@ -283,20 +249,3 @@ def test_flex_has_no_gradients_on_a_cpu() -> None:
     torch.testing.assert_close(
         out, segment_attention_reference(q, k, v, segments), rtol=0, atol=1e-12
     )
-
-
-@pytest.mark.parametrize("before", [False, True])
-def test_the_switch_for_deterministic_kernels_is_put_back(before: bool) -> None:
-    def fail() -> None:
-        with flash.deterministic_algorithms():
-            assert not torch.is_deterministic_algorithms_warn_only_enabled()
-            raise KeyError
-
-    torch.use_deterministic_algorithms(before, warn_only=True)
-    try:
-        with pytest.raises(KeyError):
-            fail()
-        assert torch.are_deterministic_algorithms_enabled() == before
-        assert torch.is_deterministic_algorithms_warn_only_enabled()
-    finally:
-        torch.use_deterministic_algorithms(False)
