@@ -29,6 +29,8 @@ SHORT_CONV = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", 
 HYBRIDS: dict[str, dict[str, Any]] = {
     "lfm2": {**SHORT_CONV, "conv_L_cache": 3, "conv_bias": True},
     "lfm2_moe": {**SHORT_CONV, **MOE, "num_experts": 4, "num_dense_layers": 1},
+    "lfm3": {**SHORT_CONV, "conv_L_cache": 3},
+    "olmo_hybrid": {**DELTA, "linear_value_head_dim": 12},
     "qwen3_5_moe_text": {**DELTA, **EXPERTS},
     "qwen3_5_text": DELTA,
     "qwen3_next": {**DELTA, **EXPERTS, "mlp_only_layers": [0]},

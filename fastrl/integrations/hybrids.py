@@ -31,6 +31,8 @@ CONV, RULE = "causal_conv1d_fn", "torch_chunk_gated_delta_rule"
 MIXERS = {
     "Lfm2MoeShortConv": (CONV,),
     "Lfm2ShortConv": (CONV,),
+    "Lfm3ShortConv": (CONV,),
+    "OlmoHybridGatedDeltaNet": (CONV, RULE),
     "Qwen3NextGatedDeltaNet": (CONV, RULE),
     "Qwen3_5GatedDeltaNet": (CONV, RULE),
     "Qwen3_5MoeGatedDeltaNet": (CONV, RULE),
