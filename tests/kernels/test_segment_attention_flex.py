@@ -3,6 +3,7 @@
 N packed tokens, L blocks.
 """
 
+import shutil
 from typing import Any
 
 import pytest
@@ -105,4 +106,28 @@ def test_any_length_scale_and_softcap_run_in_one_compilation(
             torch.testing.assert_close(value, expected, rtol=0, atol=1e-11)
         counts.append(counter.frame_count)
     assert len(set(counts)) == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiles C++")
+def test_compiled_code_skips_the_blocks_that_are_not_listed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch's kernel for CPUs, forward only; it goes by the lists as the one for GPUs does."""
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    monkeypatch.setattr(flex, "_eager_attention", compiled)
+    options: dict[str, Any] = {"scale": 0.3, "softcap": 3.0, "window": 200}
+    for lengths in ([270, 50, 40, 31, 128], [300, 70, 0, 90, 3]):
+        segments = make_segments(lengths, [-1, 0, 0, -1, 3])
+        q, k, v = random_inputs(segments.num_tokens, torch.float32)
+        with torch.no_grad():
+            out = flex.segment_attention_flex(q, k, v, segments, **options)
+        truth = segment_attention_reference(q.double(), k.double(), v.double(), segments, **options)
+        assert (out.double() - truth).abs().max() <= 1e-5
+    mask = flex.block_mask_of(segments, 200)
+    mask.kv_num_blocks.clamp_(max=1)  # all masked blocks but the first go missing
+    with torch.no_grad():
+        fewer = flex.segment_attention_flex(q, k, v, segments, **options)
+    assert (fewer - out).abs().max() > 0.1
     torch._dynamo.reset()
