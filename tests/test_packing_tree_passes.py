@@ -103,6 +103,27 @@ def test_a_sequence_within_another_costs_nothing_in_its_pass():
     assert [plan.num_repeated_tokens for plan in plans] == [0, 3]
 
 
+def test_a_tree_that_has_to_be_split_begins_a_pass():
+    """So that it ends up in as few pieces as it can, and its root is repeated as little."""
+    small = [ids([9, 9, 9])]
+    large = [ids([1, 2, 3, 4, branch, branch, branch, 0]) for branch in range(5, 11)]
+    plans = pack_tree_passes(small + large, max_tokens_per_pass=13)
+    assert [len(plan.input_ids) for plan in plans] == [2, 4 + 9, 4 + 9]
+    assert sum(plan.num_repeated_tokens for plan in plans) == 4
+
+
+def test_whether_prefixes_are_shared_is_decided_once():
+    """The second pass alone would rather be plain, and too long; or shared, and not be asked."""
+    first, *tails = random_ids([40, 3, 3, 30, 30, 2])
+    sequences = [torch.cat([first, tail]) for tail in tails[:2]]
+    sequences += [torch.cat([tails[4], tail]) for tail in tails[2:4]]
+    plans = pack_tree_passes(sequences, max_tokens_per_pass=60)
+    assert [len(plan.input_ids) for plan in plans] == [40 + 2 + 2, 2 + 29 + 29]
+    assert plans[1].token_ratio < 1.05
+    plans = pack_tree_passes(sequences, max_tokens_per_pass=100, min_token_ratio=1.6)
+    assert [len(plan.input_ids) for plan in plans] == [42 + 42, 31 + 31]
+
+
 @pytest.mark.parametrize("budget", [25, 31, 60])
 def test_gradient_is_that_of_one_row(budget):
     """Three levels of branches, a weight of its own for every token of every sequence."""

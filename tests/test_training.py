@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastrl.activations import head_row_cost
+from fastrl.assembly import build_trainer
 from fastrl.config import (
     Config,
     DataConfig,
@@ -239,6 +241,18 @@ def test_tokens_that_split_groups_repeat_are_counted(tmp_path):
     assert tight["packing/passes"] > wide["packing/passes"] == 1
     for name in ("loss", "grad_norm"):
         assert tight[name] == pytest.approx(wide[name], rel=1e-4, abs=1e-7)
+
+
+def test_rows_at_the_head_take_their_part_of_the_budget(tmp_path):
+    trainer = build_trainer(tiny_config(tmp_path / "run", max_tokens_per_pass=80))
+    assert trainer.head_row_cost == head_row_cost(
+        trainer.policy.model.config, bf16=False, is_checkpointed=False
+    )
+    passes = {}
+    for cost in (trainer.head_row_cost, 3.0):
+        trainer.head_row_cost = cost
+        passes[cost] = trainer.train_step(0).metrics["packing/passes"]
+    assert passes[3.0] > passes[min(passes)]
 
 
 @pytest.mark.parametrize("method", ["dr_grpo", "lite_ppo", "cispo", "rloo", "reinforce"])

@@ -191,7 +191,7 @@ def _check_preorder(parents: Tensor, jumps: list[Tensor], levels: Tensor) -> Non
     """The segment before each one, or an ancestor of that, must be its parent."""
     steps = levels[:-2] - levels[1:-1] + 1
     found = climbed(torch.arange(len(parents))[:-1], steps, jumps)
-    segment = _first((steps < 0) | (found != jumps[0][1:-1]))
+    segment = _first(found != jumps[0][1:-1])
     if segment is not None:
         raise ValueError(
             f"segments must be in depth-first preorder, got segment {segment + 1} below segment "
