@@ -18,6 +18,10 @@ from tests.test_families import MOE, float64_throughout, loss_and_gradients, pac
 
 __all__ = ["float64_throughout"]  # runs in every test of this file
 
+ON_A_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
 DELTA = {
     "num_hidden_layers": 3,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
@@ -75,7 +79,7 @@ def separate_logits(model: Any, plan: Plan, paths: list[Tensor]) -> Tensor:
     logits = []
     for path, num_trained in zip(paths, plan.completion_lengths, strict=True):
         if num_trained:
-            of_path = model(input_ids=path[None], use_cache=False).logits[0]
+            of_path = model(input_ids=path[None].to(model.device), use_cache=False).logits[0]
             logits.append(of_path[-num_trained - 1 : -1])
     return torch.cat(logits)
 
@@ -112,22 +116,25 @@ def test_adapters(model_type):
     assert_packing_changes_nothing(model, "a tree with empty and short segments")
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
 @pytest.mark.parametrize("model_type", sorted(HYBRIDS))
-def test_float32_errs_no_more_than_one_row_per_path(model_type, monkeypatch):
+def test_float32_errs_no_more_than_one_row_per_path(model_type, device, monkeypatch):
     """Values twice as much at most, gradients three times; both against one row in float64."""
     model, (plan, paths) = hybrid(model_type), plan_of("a tree with empty and short segments")
 
     def numbers(logits: Tensor) -> list[Tensor]:
-        _, of_parameters = loss_and_gradients(model, logits, plan.target_ids)
-        return [logits.detach(), *of_parameters.values()]
+        targets = plan.target_ids.to(logits.device)
+        _, of_parameters = loss_and_gradients(model, logits, targets)
+        return [x.cpu() for x in (logits.detach(), *of_parameters.values())]
 
     truth = numbers(separate_logits(model, plan, paths))
     monkeypatch.undo()
-    model.float()
+    model.float().to(device)
     errors = []
-    for logits in (separate_logits(model, plan, paths), packed_logits(model, plan)):
+    packed = packed_logits(model, plan.to(torch.device(device)))
+    for logits in (separate_logits(model, plan, paths), packed):
         pairs = zip(numbers(logits), truth, strict=True)
         errors.append(torch.stack([(x - true).norm() / true.norm() for x, true in pairs]))
-    alone, packed = errors
-    assert packed[0] <= 2 * alone[0]
-    assert packed[1:].norm() <= 3 * alone[1:].norm()
+    of_rows, of_packed = errors
+    assert of_packed[0] <= 2 * of_rows[0]
+    assert of_packed[1:].norm() <= 3 * of_rows[1:].norm()

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fastrl.config import ModelConfig
 from fastrl.errors import InputError
 from fastrl.integrations.hybrids import MIXERS, mixers_of
 from fastrl.integrations.transformers import check_model
 from fastrl.packing import Plan, pack
-from tests.helpers import random_ids
+from fastrl.report import read_metrics
+from fastrl.run import train
+from tests.helpers import TINY, random_ids
 from tests.test_hybrids import DELTA, HYBRIDS, SHORT_CONV, hybrid
+from tests.test_training import assert_same_run, tiny_config
 
 ONE_OF_EACH = ["lfm2", "qwen3_5_text", "qwen3_next"]
 
@@ -209,3 +214,15 @@ def test_what_a_plan_replaces_is_refused() -> None:
     two_rows = {**plan.inputs, "input_ids": plan.inputs["input_ids"].expand(2, -1)}
     with pytest.raises(InputError, match="a batch of 2"), plan.attach(model):
         model(**two_rows)
+
+
+def test_a_run_with_a_hybrid_is_the_same_twice(tmp_path: Path) -> None:
+    """Warm start, evaluation and steps through plans, from the same seed to the same bits."""
+    model = ModelConfig(architecture={"model_type": "qwen3_5_text", **TINY, **DELTA})
+    for name in ("a", "b"):
+        train(tiny_config(tmp_path / name, model=model, max_steps=2))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    for row in read_metrics(tmp_path / "a"):
+        if "loss" in row:
+            assert row["ratio/max"] == 1  # old log-probabilities come from the same plan
+            assert row["packing/token_ratio"] > 1.5
