@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig
 
 from fastrl.activations import SCALARS_BYTES, head_row_cost, packed_token_bytes
-from fastrl.packing import pack
+from fastrl.packing import pack_tree
 from fastrl.policy import Policy
 from fastrl_kernels import policy_loss
 from fastrl_kernels.objectives import Objective, clipped_ratio
@@ -35,7 +35,7 @@ def saved_bytes(policy: Policy, num_tokens: int) -> int:
             kept[x.untyped_storage().data_ptr()] = x
         return x
 
-    plan = pack(random_ids([num_tokens - 2]), [random_ids([2, 2])], min_token_ratio=1.0)
+    plan = pack_tree(random_ids([num_tokens + 1]))  # all trained: no layer can leave any out
     assert len(plan.input_ids) == num_tokens
     with saved_tensors_hooks(keep, lambda x: x):
         policy.hidden_states(plan)
@@ -77,6 +77,8 @@ def test_the_documented_example():
     )  # fmt: skip
     costs = [head_row_cost(config, bf16=True, is_checkpointed=x) for x in (False, True)]
     assert [round(cost, 3) for cost in costs] == [0.004, 0.042]
+    config.intermediate_size = [2048, 4096] * 14
+    assert head_row_cost(config, bf16=True, is_checkpointed=False) == costs[0]
 
 
 def test_bytes_of_a_row_at_the_head():
