@@ -55,13 +55,16 @@ class Policy:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def hidden_states(self, plan: Plan) -> Tensor:
-        """(N, D) final hidden states of a packed plan, in the dtype of the head."""
+        """(N, D) final hidden states of a packed plan, in the dtype of the head.
+
+        Only those of `plan.source_index` count: the last layer leaves out what else it can.
+        """
         autocast = (
             torch.autocast(self.device.type, torch.bfloat16)
             if self.bf16
             else contextlib.nullcontext()
         )
-        with plan.attach(self.model), autocast:
+        with plan.attach(self.model, source_rows_only=True), autocast:
             hidden = self.model.base_model(**plan.inputs).last_hidden_state[0]
         return hidden.to(self.lm_head.weight.dtype)
 

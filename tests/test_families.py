@@ -100,8 +100,8 @@ def separate_logits(model: Any, prompts: list, completions: list) -> torch.Tenso
     return torch.cat(logits)
 
 
-def packed_logits(model: Any, plan: Plan) -> torch.Tensor:
-    with plan.attach(model):
+def packed_logits(model: Any, plan: Plan, *, source_rows_only: bool = False) -> torch.Tensor:
+    with plan.attach(model, source_rows_only=source_rows_only):
         logits = model(**plan.inputs).logits[0]
     return logits[plan.source_index]
 
@@ -119,15 +119,15 @@ def loss_and_gradients(
 
 
 def assert_packing_changes_nothing(model: Any) -> None:
-    """Plain and with checkpointed layers."""
+    """Plain, with a last layer on the rows of trained tokens, and with checkpointed layers too."""
     prompts, completions = tokens()
     plan = pack(prompts, completions)
     expected = separate_logits(model, prompts, completions)
     loss, gradients = loss_and_gradients(model, expected, plan.target_ids)
-    for checkpointing in (False, True):
+    for source_rows_only, checkpointing in ((False, False), (True, False), (True, True)):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        logits = packed_logits(model, plan)
+        logits = packed_logits(model, plan, source_rows_only=source_rows_only)
         packed_loss, packed = loss_and_gradients(model, logits, plan.target_ids)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
         torch.testing.assert_close(packed_loss, loss, rtol=1e-11, atol=1e-11)

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +19,22 @@ from fastrl.errors import InputError
 from fastrl.integrations.block import Block, current_block
 from fastrl.integrations.capabilities import check_model, decoder_of, without_wrappers
 from fastrl.integrations.hybrids import calls_of_mixers, mixers_along_paths
+from fastrl.integrations.last_layer import last_layer_on_rows, rows_of_last_layer
 from fastrl_kernels import Segments, segment_attention
 
 IMPLEMENTATION = "fastrl_segments"
+_blocks: WeakKeyDictionary[nn.Module, Block] = WeakKeyDictionary()  # by the body of the model
 
 
 @contextmanager
-def segment_attention_enabled(model: nn.Module) -> Iterator[None]:
+def segment_attention_enabled(
+    model: nn.Module, rows: Tensor | None = None, *, num_tokens: int = 0
+) -> Iterator[None]:
     """Within the block every layer of `model` that mixes tokens follows the segments of its call.
 
     One that did not by the block's end has mixed them its own way, which is an error.
+    rows: of `num_tokens`, ascending, those whose hidden states are wanted; the last layer then
+    leaves the others out where it can, and gives zeros for them. None: all.
     """
     model = without_wrappers(model)
     check_model(model)
@@ -37,6 +44,7 @@ def segment_attention_enabled(model: nn.Module) -> Iterator[None]:
         mixers_along_paths(model),
         _recomputed_alike(model),
         _every_layer_follows(model),
+        nullcontext() if rows is None else last_layer_on_rows(decoder_of(model), rows, num_tokens),
     ):
         yield
 
@@ -90,18 +98,21 @@ def _recomputed_alike(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _every_layer_follows(model: PreTrainedModel) -> Iterator[None]:
     """Refuse wrong inputs on the way in, and layers that went their own way on the way out."""
+    body, block = model.base_model, Block()
+    outer = _blocks.get(body)
     hooks = (
-        model.base_model.register_forward_pre_hook(_forward_begins, with_kwargs=True),
-        model.base_model.register_forward_hook(_forward_ends),
+        body.register_forward_pre_hook(_forward_begins, with_kwargs=True),
+        body.register_forward_hook(_forward_ends, always_call=True),
     )
-    block = Block()
-    token = current_block.set(block)
+    _blocks[body] = block
     try:
         yield
     finally:
-        current_block.reset(token)
         for hook in hooks:
             hook.remove()
+        del _blocks[body]
+        if outer is not None:
+            _blocks[body] = outer
     _check_calls(model, block)
 
 
@@ -147,17 +158,15 @@ def _forward_begins(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             raise InputError(
                 f"{name} was called with {given}, which a plan replaces; pass **plan.inputs alone"
             )
-    block = current_block.get()
-    assert block is not None
+    block = _blocks[body]
     block.num_forwards += 1
     block.segments = kwargs["segments"]
+    current_block.set(block)
 
 
 @torch.compiler.disable
 def _forward_ends(body: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    block = current_block.get()
-    assert block is not None
-    block.segments = None
+    current_block.set(None)
 
 
 @torch.compiler.disable  # segments differ from row to row, and each would be compiled anew
@@ -182,6 +191,9 @@ def _attention(
         )
     if rest.get("dropout") or rest.get("is_causal") is False:
         raise RuntimeError(f"{name} asks for dropout or for attention in both directions")
+    rows = rows_of_last_layer()
+    if rows is not None:
+        query, key, value = rows.all_rows(query, key, value)
     block = current_block.get()
     if block is not None:
         block.windows.append(sliding_window)
@@ -195,7 +207,7 @@ def _attention(
         softcap=softcap,
         sinks=s_aux,
     )
-    return out[None], None
+    return (out if rows is None else out[rows.needed])[None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

@@ -66,11 +66,18 @@ class Plan:
             "segments": self.segments,
         }
 
-    def attach(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Give the model segment attention for this block; models that would leak are refused."""
+    def attach(
+        self, model: nn.Module, *, source_rows_only: bool = False
+    ) -> AbstractContextManager[None]:
+        """Give the model segment attention for this block; models that would leak are refused.
+
+        source_rows_only: the last layer takes its queries, output projection and MLP only on the
+        rows of `source_index`, where the model class allows it; other hidden states are then zero.
+        """
         from fastrl.integrations.transformers import segment_attention_enabled
 
-        return segment_attention_enabled(model)
+        rows = self.source_index.unique() if source_rows_only else None
+        return segment_attention_enabled(model, rows, num_tokens=len(self.input_ids))
 
     def scatter(self, values: Tensor) -> list[Tensor]:
         """Per-token values (S,) as one tensor per completion, in the caller's order."""

@@ -20,9 +20,6 @@ from fastrl_kernels.segment_attention.flash import HAS_FLASH_ATTN
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 IMPLEMENTATIONS = ("torch", "triton", "sdpa", "flex", "varlen")
 
-PAIRS_PER_SEGMENT = 20_000
-"""Masked scores that take as long as the fixed cost of a segment, on a 2-core CPU."""
-
 MASK_BYTES = 2 * 2**30
 """The most that the mask may take on a GPU; a bound from bytes (16384 tokens in float32 take
 1.25 GiB), not measured."""
@@ -92,21 +89,13 @@ def facts_of(
 def choose_attention(facts: Facts) -> Choice:
     """What `implementation="auto"` runs."""
     if facts.machine.device != "cuda":
-        return _without_gpu(facts)
+        return Choice("torch", "one path at a time, cost and memory follow the visible pairs")
     if facts.dtype == torch.float64:
         return Choice("torch", "there are no kernels for float64")
     obstacle = obstacle_to("triton", facts)
     if obstacle is None:
         return Choice("triton", "one kernel for all segments, nothing hidden is computed")
     return _without_kernels(facts, obstacle)
-
-
-def _without_gpu(facts: Facts) -> Choice:
-    num_pairs = facts.num_tokens * facts.num_tokens * facts.num_heads
-    is_tiny = num_pairs < PAIRS_PER_SEGMENT * facts.num_segments
-    if is_tiny and obstacle_to("sdpa", facts) is None:
-        return Choice("sdpa", "all pairs of the row are cheaper than one segment after another")
-    return Choice("torch", "one path at a time, cost and memory follow the visible pairs")
 
 
 def _without_kernels(facts: Facts, obstacle: str) -> Choice:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastrl_kernels.head import accumulation_dtype
 from fastrl_kernels.segment_attention import paths
-from fastrl_kernels.segment_attention.paths import Options, forest_of
+from fastrl_kernels.segment_attention.forest import forest_of
+from fastrl_kernels.segment_attention.scores import Options
 
 NUM_INPUTS = 9
 

@@ -6,43 +6,28 @@ Backward goes through the segments in the opposite order; the gradient of an anc
 such a buffer, in the dtype of sums, until all below it is done.
 
 No tile holds tokens of two segments, so the bits of a segment's outputs depend on its path alone.
-The price is a fixed cost for each segment, however short it is.
+The price is a fixed cost for each segment, however short it is; short paths go another way.
 
 N packed tokens, M segments, H heads, Hkv key-value heads, K head size of queries and keys, Kv of
 values. A tile has T consecutive tokens of one segment, R = T * H / Hkv rows for each key-value
 head, and L keys.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrl_kernels.chunks import softcap_slope_
 from fastrl_kernels.head import accumulation_dtype
 from fastrl_kernels.products import round_up
+from fastrl_kernels.segment_attention import short_paths
+from fastrl_kernels.segment_attention.forest import Forest
+from fastrl_kernels.segment_attention.scores import Options, Rows, attend, slopes_of
 
 MAX_SCORES = 2**18  # of a tile with more than MIN_TOKENS: 1 MiB of float32, to stay in the cache
 MIN_TOKENS, MAX_TOKENS = 16, 64  # of a tile; a long one computes more that causality hides
-
-
-class Forest(NamedTuple):
-    """The segments on the host, a number for each."""
-
-    lengths: list[int]
-    parents: list[int]
-    starts: list[int]
-    depths: list[int]
-    """Tokens on the path before the segment."""
-
-
-class Options(NamedTuple):
-    """Constants of the scores."""
-
-    scale: float
-    window: int | None
-    softcap: float | None
 
 
 class Tile(NamedTuple):
@@ -54,18 +39,6 @@ class Tile(NamedTuple):
     @property
     def num_tokens(self) -> int:
         return self.tokens.stop - self.tokens.start
-
-
-class Rows(NamedTuple):
-    """What the gradients of a tile are made of, (Hkv, rows, size) each, in the dtype of sums."""
-
-    queries: Tensor  # R rows, as the next two
-    outs: Tensor
-    grads_out: Tensor
-    keys: Tensor  # L rows, as the rest
-    values: Tensor
-    key_totals: Tensor
-    value_totals: Tensor
 
 
 class Gradients(NamedTuple):
@@ -82,9 +55,8 @@ class Path:
 
     def __init__(self, tensors: tuple[Tensor, ...], forest: Forest) -> None:
         self.tensors, self.forest = tensors, forest
-        ends = map(sum, zip(forest.depths, forest.lengths, strict=True))
         # Rounded up, or what else is in the row would decide how the rows of a head are aligned.
-        longest = round_up(max(ends, default=0))
+        longest = round_up(max(forest.ends, default=0))
         self.buffers = [
             x.new_zeros(x.shape[1], longest, x.shape[2], dtype=accumulation_dtype(x.dtype))
             for x in tensors
@@ -122,22 +94,11 @@ class Path:
         return slice(start, start + length), slice(depth, depth + length)
 
 
-def forest_of(lengths: Tensor, parents: Tensor) -> Forest:
-    """The forest of these (M,) lengths and parents."""
-    sizes, above = lengths.tolist(), parents.tolist()
-    starts: list[int] = []
-    depths: list[int] = []
-    total = 0
-    for size, parent in zip(sizes, above, strict=True):
-        starts.append(total)
-        depths.append(0 if parent < 0 else depths[parent] + sizes[parent])
-        total += size
-    return Forest(sizes, above, starts, depths)
-
-
 def tiles(forest: Forest, segment: int, num_heads: int, window: int | None) -> Iterator[Tile]:
-    """The tiles of one segment, by a rule that knows nothing but its path."""
+    """The tiles of one segment, by a rule that knows nothing but its path; none of a short one."""
     start, depth, length = (x[segment] for x in (forest.starts, forest.depths, forest.lengths))
+    if depth + length <= short_paths.MAX_PATH:
+        return
     num_keys = depth + length if window is None else min(depth + length, window + MAX_TOKENS)
     size = MAX_SCORES // max(num_heads * num_keys, 1)
     size = min(max(size, MIN_TOKENS), MAX_TOKENS)
@@ -152,14 +113,13 @@ def forward(
 ) -> Tensor:
     """(N, H, Kv) outputs."""
     out = q.new_empty(*q.shape[:2], v.shape[2])
+    short_paths.forward_(out, q, k, v, sinks, short_paths.batches(forest), options)
     path = Path((k, v), forest)
     for segment in range(len(forest.lengths)):
-        path.enter(segment)
         for tile in tiles(forest, segment, q.shape[1], options.window):
-            keys, values = path.seen_by(tile)
-            scores = _scores(_rows_of(q, tile, k.shape[1]), keys, options)
-            probs, _ = _probs(scores, tile, sinks, options.window)
-            _write_rows(out, tile, torch.bmm(probs, values))
+            path.enter(segment)
+            rows = _tile_rows(q, path, tile, sinks, options)
+            _write_rows(out, tile, attend(rows, options))
     return out
 
 
@@ -168,67 +128,43 @@ def backward(
     forest: Forest, options: Options,
 ) -> Gradients:  # fmt: skip
     """Gradients of `forward`, whose scores are computed again; every sum has a fixed order."""
-    path = Path((k, v), forest)
-    totals = Path((torch.empty_like(k), torch.empty_like(v)), forest)
     dtype = accumulation_dtype(q.dtype)
-    sinks_grad = q.new_zeros(0 if sinks is None else q.shape[1], dtype=dtype)
-    grads = Gradients(torch.empty_like(q), totals.tensors[0], totals.tensors[1], sinks_grad)
+    path = Path((k, v), forest)
+    totals = Path((torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)), forest)
+    k_total, v_total = totals.tensors
+    sinks_total = q.new_zeros(0 if sinks is None else q.shape[1], dtype=dtype)
+    q_grad = torch.empty_like(q)
     for segment in reversed(range(len(forest.lengths))):
-        path.enter(segment)
         for tile in tiles(forest, segment, q.shape[1], options.window):
-            queries, outs, grads_out = (_rows_of(x, tile, k.shape[1]) for x in (q, out, grad_out))
-            rows = Rows(queries, outs, grads_out, *path.seen_by(tile), *totals.seen_by(tile))
-            _write_rows(grads.q, tile, _add_gradients(rows, tile, sinks, sinks_grad, options))
-        totals.take(segment)
-    return grads._replace(sinks=sinks_grad if sinks is None else sinks_grad.to(sinks.dtype))
+            path.enter(segment)
+            rows = _tile_rows(q, path, tile, sinks, options)
+            outs, grads_out = (_rows_of(x, tile, k.shape[1]) for x in (out, grad_out))
+            slopes = slopes_of(rows, outs, grads_out, options)
+            keys, values = totals.seen_by(tile)
+            values.baddbmm_(slopes.probs.mT, grads_out)
+            keys.baddbmm_(slopes.scores.mT, rows.queries, alpha=options.scale)
+            _write_rows(q_grad, tile, torch.bmm(slopes.scores, rows.keys).mul_(options.scale))
+            if slopes.sinks is not None:
+                sinks_total += slopes.sinks
+        if path.is_entered[segment]:
+            totals.take(segment)
+    short_paths.backward_(
+        q_grad, k_total, v_total, sinks_total, grad_out, out, q, k, v, sinks,
+        short_paths.batches(forest), options,
+    )  # fmt: skip
+    sinks_dtype = dtype if sinks is None else sinks.dtype
+    return Gradients(q_grad, k_total.to(k.dtype), v_total.to(v.dtype), sinks_total.to(sinks_dtype))
 
 
-def _add_gradients(
-    rows: Rows, tile: Tile, sinks: Tensor | None, sinks_grad: Tensor, options: Options
-) -> Tensor:
-    """(Hkv, R, K) gradient of the queries; those of keys, values and sinks are added to totals."""
-    scores = _scores(rows.queries, rows.keys, options)
-    cap_slopes = None
-    if options.softcap is not None:
-        cap_slopes = softcap_slope_(scores.clone(), options.softcap)
-    probs, sink_probs = _probs(scores, tile, sinks, options.window)
-    rows.value_totals.baddbmm_(probs.mT, rows.grads_out)
-    deltas = (rows.grads_out * rows.outs).sum(-1, keepdim=True)
-    if sink_probs is not None:
-        sinks_grad -= (
-            (sink_probs * deltas).view(scores.shape[0], tile.num_tokens, -1).sum(1).flatten()
-        )
-    slopes = torch.bmm(rows.grads_out, rows.values.mT).sub_(deltas).mul_(probs)
-    if cap_slopes is not None:
-        slopes.mul_(cap_slopes)
-    rows.key_totals.baddbmm_(slopes.mT, rows.queries, alpha=options.scale)
-    return torch.bmm(slopes, rows.keys).mul_(options.scale)
-
-
-def _scores(queries: Tensor, keys: Tensor, options: Options) -> Tensor:
-    """(Hkv, R, L) scores before anything is hidden."""
-    scores = queries.new_empty(*queries.shape[:2], keys.shape[1])
-    scores.baddbmm_(queries, keys.mT, beta=0, alpha=options.scale)
-    if options.softcap is not None:
-        scores.div_(options.softcap).tanh_().mul_(options.softcap)
-    return scores
-
-
-def _probs(
-    scores: Tensor, tile: Tile, sinks: Tensor | None, window: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """(Hkv, R, L) probabilities, and (Hkv, R, 1) of the sinks if there are any; uses scores up."""
-    _hide(scores.view(scores.shape[0], tile.num_tokens, -1, scores.shape[2]), tile, window)
-    if sinks is None:
-        return torch.softmax(scores, -1), None
-    sink = sinks.to(scores.dtype).view(scores.shape[0], 1, -1)
-    sink = sink.expand(-1, tile.num_tokens, -1).reshape(*scores.shape[:2], 1)
-    probs = torch.cat([scores, sink], -1).softmax(-1)
-    return probs[..., :-1], probs[..., -1:]
+def _tile_rows(q: Tensor, path: Path, tile: Tile, sinks: Tensor | None, options: Options) -> Rows:
+    keys, values = path.seen_by(tile)
+    hide = functools.partial(_hide, tile=tile, window=options.window)
+    queries = _rows_of(q, tile, keys.shape[0])
+    return Rows(queries, keys, values, 1, tile.num_tokens, sinks, hide)
 
 
 def _hide(scores: Tensor, tile: Tile, window: int | None) -> None:
-    """Put -inf on what tokens of the tile do not see; scores: (Hkv, T, H / Hkv, L).
+    """Put -inf on what tokens of the tile do not see; scores: (1, Hkv, T, H / Hkv, L).
 
     That is later tokens of the tile, and keys that the window has left by the token's turn: both
     lie within a square of T keys, at the one end of the keys and at the other.

@@ -1,4 +1,4 @@
-"""`segment_attention` through PyTorch's own attention and a mask, for rows of tiny segments.
+"""`segment_attention` through PyTorch's own attention and a mask, for rows short enough for it.
 
 N packed tokens, H heads, Hkv key-value heads, K head size of queries and keys, Kv of values.
 """
