@@ -77,8 +77,16 @@ def test_the_documented_example():
     )  # fmt: skip
     costs = [head_row_cost(config, bf16=True, is_checkpointed=x) for x in (False, True)]
     assert [round(cost, 3) for cost in costs] == [0.004, 0.042]
-    config.intermediate_size = [2048, 4096] * 14
-    assert head_row_cost(config, bf16=True, is_checkpointed=False) == costs[0]
+
+
+def test_a_width_for_each_layer():
+    """The mean of what gemma3n has as a list counts."""
+    widths = {"num_hidden_layers": 4, "intermediate_size": [1024, 2048, 1024, 2048]}
+    listed = AutoConfig.for_model("gemma3n_text", **widths)
+    assert isinstance(listed.intermediate_size, list)
+    alike = AutoConfig.for_model("gemma3n_text", **{**widths, "intermediate_size": [1536] * 4})
+    costs = [head_row_cost(x, bf16=True, is_checkpointed=False) for x in (listed, alike)]
+    assert costs[0] == costs[1] > 0
 
 
 def test_bytes_of_a_row_at_the_head():
