@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -123,13 +124,37 @@ def test_everything_is_restored(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", ONE_OF_EACH)
 def test_a_model_without_a_plan_is_as_ever_in_another_s_block(model_type: str) -> None:
+    """Also after a forward pass that failed half-way."""
     model, other, plan = hybrid(model_type), hybrid(model_type), group()
     row = random_ids([9])[0][None]
     expected = other(input_ids=row, use_cache=False).logits
-    with plan.attach(model):
-        model(**plan.inputs)
-        inside = other(input_ids=row, use_cache=False).logits
-    assert torch.equal(inside, expected)
+
+    def inside_a_block() -> None:
+        with plan.attach(model):
+            with contextlib.suppress(ZeroDivisionError):
+                model(**plan.inputs)
+            results.append(other(input_ids=row, use_cache=False).logits)
+
+    results: list[Tensor] = []
+    inside_a_block()
+    model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(RuntimeError, match="1 forward passes"):
+        inside_a_block()
+    assert len(results) == 2
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_two_models_with_plans_at_a_time() -> None:
+    """Each is counted for itself: here one has other layers than the other."""
+    policy, critic, plan = hybrid("qwen3_next"), hybrid("lfm2"), group()
+    expected = []
+    for model in (policy, critic):
+        with plan.attach(model):
+            expected.append(model(**plan.inputs).logits)
+    with plan.attach(policy), plan.attach(critic):
+        both = [policy(**plan.inputs).logits, critic(**plan.inputs).logits]
+    for own, same in zip(both, expected, strict=True):
+        assert torch.equal(own, same)
 
 
 @pytest.mark.parametrize("model_type", ONE_OF_EACH)
