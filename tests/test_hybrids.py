@@ -23,13 +23,12 @@ ON_A_GPU = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 DELTA = {
-    "num_hidden_layers": 3,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
     "linear_value_head_dim": 6, "linear_conv_kernel_dim": 4,
 }  # fmt: skip
 EXPERTS = {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 16}
-SHORT_CONV = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+SHORT_CONV = {"layer_types": ["conv", "full_attention", "conv"]}
 HYBRIDS: dict[str, dict[str, Any]] = {
     "lfm2": {**SHORT_CONV, "conv_L_cache": 3, "conv_bias": True},
     "lfm2_moe": {**SHORT_CONV, **MOE, "num_experts": 4, "num_dense_layers": 1},
@@ -53,11 +52,13 @@ FORESTS: dict[str, tuple[list[int], list[int]]] = {
 }
 
 
-def hybrid(model_type: str) -> Any:
-    """A tiny model whose attention is the plainest that transformers has."""
+def hybrid(model_type: str, num_layers: int = 3) -> Any:
+    """A tiny model whose attention is the plainest that transformers has; the second layer's."""
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"this version of transformers has no {model_type}")
-    model = tiny_model(model_type, **{"max_position_embeddings": 256, **HYBRIDS[model_type]})
+    fields = {**HYBRIDS[model_type], "num_hidden_layers": num_layers}
+    fields["layer_types"] = fields["layer_types"][:num_layers]
+    model = tiny_model(model_type, max_position_embeddings=256, **fields)
     model.set_attn_implementation("eager")
     if model._can_set_experts_implementation():
         model.set_experts_implementation("batched_mm")  # rows do not depend on how many there are
@@ -84,7 +85,9 @@ def separate_logits(model: Any, plan: Plan, paths: list[Tensor]) -> Tensor:
     return torch.cat(logits)
 
 
-def assert_packing_changes_nothing(model: Any, forest: str) -> None:
+def assert_packing_changes_nothing(
+    model: Any, forest: str, *, source_rows_only: bool = False
+) -> None:
     """Plain and with checkpointed layers."""
     plan, paths = plan_of(forest)
     expected = separate_logits(model, plan, paths)
@@ -92,7 +95,7 @@ def assert_packing_changes_nothing(model: Any, forest: str) -> None:
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        logits = packed_logits(model, plan)
+        logits = packed_logits(model, plan, source_rows_only=source_rows_only)
         packed_loss, packed = loss_and_gradients(model, logits, plan.target_ids)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
         torch.testing.assert_close(packed_loss, loss, rtol=1e-11, atol=1e-11)
@@ -106,6 +109,14 @@ def assert_packing_changes_nothing(model: Any, forest: str) -> None:
 @pytest.mark.parametrize("model_type", sorted(HYBRIDS))
 def test_logits_loss_and_every_gradient(model_type, forest):
     assert_packing_changes_nothing(hybrid(model_type), forest)
+
+
+@pytest.mark.parametrize("num_layers", [2, 3])
+@pytest.mark.parametrize("model_type", sorted(HYBRIDS))
+def test_a_last_layer_on_the_rows_of_trained_tokens(model_type, num_layers):
+    """Where it attends; the others need every row."""
+    model = hybrid(model_type, num_layers)
+    assert_packing_changes_nothing(model, "a group", source_rows_only=True)
 
 
 @pytest.mark.parametrize("model_type", sorted(HYBRIDS))

@@ -243,7 +243,9 @@ def test_what_a_plan_replaces_is_refused() -> None:
 
 def test_a_run_with_a_hybrid_is_the_same_twice(tmp_path: Path) -> None:
     """Warm start, evaluation and steps through plans, from the same seed to the same bits."""
-    model = ModelConfig(architecture={"model_type": "qwen3_5_text", **TINY, **DELTA})
+    model = ModelConfig(
+        architecture={"model_type": "qwen3_5_text", **TINY, "num_hidden_layers": 3, **DELTA}
+    )
     for name in ("a", "b"):
         train(tiny_config(tmp_path / name, model=model, max_steps=2))
     assert_same_run(tmp_path / "a", tmp_path / "b")
