@@ -74,18 +74,20 @@ def mixers_along_paths(model: nn.Module) -> Iterator[None]:
     }
     with _lock:
         for place, namespace in places.items():
+            _, mixer = place
             if not _num_users[place]:
-                _originals[place] = namespace[place[1]]
-                namespace[place[1]] = _stand_in(place[1], _originals[place])
+                _originals[place] = namespace[mixer]
+                namespace[mixer] = _stand_in(mixer, namespace[mixer])
             _num_users[place] += 1
     try:
         yield
     finally:
         with _lock:
             for place, namespace in places.items():
+                _, mixer = place
                 _num_users[place] -= 1
                 if not _num_users[place]:
-                    namespace[place[1]] = _originals.pop(place)
+                    namespace[mixer] = _originals.pop(place)
 
 
 @functools.cache  # the same object every time, or torch.compile would compile every time
