@@ -24,6 +24,7 @@ class Case(NamedTuple):
     parameters: tuple[str, ...] = ()  # of an objective
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None  # registers of a thread, None for the assembler's choice
 
 
 def cases() -> list[Case]:
@@ -219,7 +220,7 @@ def _attention_cases(dtype: torch.dtype) -> list[Case]:
     found += [
         Case(
             f"attention's deltas ({name})", f"{module}.backward_kernel:deltas_kernel",
-            {"VALUE_SIZE": size, "BLOCK_V": size, "BLOCK_M": 8}, pointers,
+            {"VALUE_SIZE": size, "BLOCK_V": size, "BLOCK_M": 4}, pointers,
         ),
         Case(
             f"attention's sums of units ({name})", f"{module}.backward_kernel:sum_units_kernel",

@@ -79,6 +79,8 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
                 attributes[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.maxnreg is not None:
+        options["maxnreg"] = case.maxnreg
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spilled = _usage(compiled.asm["cubin"])
     return {

@@ -32,9 +32,10 @@ def test_on_a_gpu_the_kernels_and_what_they_do_not_take():
     rows = attention_rows(GPU)
     name, reason = rows[0]
     assert name == "attention triton"
-    assert [case for case in ATTENTIONS if case not in reason] == ["fp32/256"]
-    assert rows[1][0] == "attention flex"
-    assert "fp32/256" in rows[1][1]
+    assert [case for case in ATTENTIONS if case not in reason] == ["bf16/512"]
+    assert rows[1][0] == "attention sdpa"
+    assert "bf16/512" in rows[1][1]
+    assert ("attention flex", "on request") in rows
     assert ("attention varlen", "on request, by PyTorch's flash attention") in rows
 
 

@@ -270,7 +270,7 @@ def assert_attention_is_right(
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("options", [{}, {"window": 100, "softcap": 20.0}])
 def test_segment_attention(dtype: torch.dtype, size: int, options: dict) -> None:
     by_kernels = functools.partial(segment_attention, implementation="triton")

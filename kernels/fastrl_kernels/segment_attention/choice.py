@@ -100,11 +100,9 @@ def choose_attention(facts: Facts) -> Choice:
 
 def _without_kernels(facts: Facts, obstacle: str) -> Choice:
     """On a GPU, the first that can, by the work that each does: only what is visible in a few
-    launches; the same behind a compiler; all N^2 pairs; dozens of launches for each tile."""
+    launches; all N^2 pairs; dozens of launches for each tile."""
     if obstacle_to("varlen", facts) is None and facts.window is None:
         return Choice("varlen", f"{obstacle}; flash attention, a call for each level")
-    if obstacle_to("flex", facts) is None:
-        return Choice("flex", f"{obstacle}; FlexAttention skips hidden blocks")
     num_bytes = mask_bytes(facts)
     if obstacle_to("sdpa", facts) is None and num_bytes <= MASK_BYTES:
         needed = f"{num_bytes / 2**30:.2g} of at most {MASK_BYTES / 2**30:.2g} GiB"
@@ -140,9 +138,8 @@ def _obstacle_to_triton(facts: Facts) -> str | None:
         return "there are no kernels for float64"
     if facts.machine.device != "cuda" and not interprets_triton():
         return f"the tensors are on {facts.machine.device} and the interpreter is off"
-    widest = 256 if facts.dtype in HALF else 128
-    if facts.widest_head > widest:
-        return f"the kernels take {_name(facts.dtype)} heads of at most {widest}"
+    if facts.widest_head > 256:
+        return "the kernels take heads of at most 256"
     return None
 
 

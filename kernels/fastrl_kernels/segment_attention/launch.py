@@ -41,6 +41,8 @@ class Tile(NamedTuple):
     keys: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """Of a thread, where the assembler would take fewer and spill; None: its own choice."""
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -49,7 +51,8 @@ class Tile(NamedTuple):
     @property
     def threads(self) -> dict[str, int]:
         """The launch's own keywords."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        threads = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return threads if self.max_registers is None else {**threads, "maxnreg": self.max_registers}
 
 
 class Tilings(NamedTuple):
@@ -70,7 +73,8 @@ HALF_TILINGS = {
 }
 WIDE_TILINGS = {
     64: Tilings(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(16, 32, 8, 1)),
-    128: Tilings(Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
+    128: Tilings(Tile(32, 32, 8, 1), Tile(32, 16, 8, 1, 128), Tile(16, 32, 8, 1)),
+    256: Tilings(Tile(16, 16, 8, 1, 128), Tile(16, 16, 8, 1, 128), Tile(16, 16, 8, 1)),
 }
 INTERPRETED_TILING = Tilings(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))
 
@@ -145,7 +149,7 @@ def _deltas(out: Tensor, grad: Tensor) -> Tensor:
     """(H, N) float32: each output times its gradient."""
     num_tokens, num_heads, value_size = out.shape
     deltas = out.new_empty(num_heads, num_tokens, dtype=torch.float32)
-    block = 8
+    block = 4
     deltas_kernel[(cdiv(num_tokens, block) * num_heads,)](
         out, grad, deltas, num_tokens, num_heads, out.stride(0), *_strides(grad),
         VALUE_SIZE=value_size, BLOCK_V=_block(value_size), BLOCK_M=block,
