@@ -1,4 +1,4 @@
-"""A group's prompt encoded once, against padded rows and against one row per sequence.
+"""A group's prompt encoded once, against padded rows, packed rows and one row per sequence.
 
 python benchmarks/bench_shared_prefix.py [--quick] [--json PATH] [--only TEXT] [--seconds S]
 
@@ -70,7 +70,7 @@ def make_cases(quick: bool) -> list[Case]:
     if quick:
         return [Case("trunk", 1, 64, 16, 4), Case("update", 2, 48, 16, 4, is_ragged=True)]
     grid = [(1, 1024, 64, 16), (1, 512, 128, 8), (2, 256, 64, 8), (4, 64, 64, 8)]
-    cases = [Case(operation, *shape) for shape in grid for operation in ("trunk", "update")]
+    cases = [Case("trunk", *grid[0]), *(Case("update", *shape) for shape in grid)]
     cases.append(Case("update", 2, 256, 256, 8, is_ragged=True))
     return [*cases, Case("update", 8, 256, 128, 1), Case("update", 32, 64, 32, 1)]
 
@@ -122,14 +122,27 @@ def make_trained(groups: list[Group], model: Any) -> Trained:
     return Trained(target_ids, advantages.to(dtype), weights, directions.to(dtype))
 
 
-def shared_states(model: Any, groups: list[Group]) -> Iterator[tuple[Tensor, slice]]:
+def plan_of(groups: list[Group], **options: Any) -> fastrl.Plan:
+    """One packed row."""
+    prompts, completions = [g.prompt for g in groups], [g.completions for g in groups]
+    return fastrl.pack(prompts, completions, **options)
+
+
+def shared_states(
+    model: Any, groups: list[Group], **options: Any
+) -> Iterator[tuple[Tensor, slice]]:
     """Hidden states of the trained tokens, and which ones they are, from one row with each prompt
     once.
     """
-    plan = fastrl.pack([group.prompt for group in groups], [group.completions for group in groups])
+    plan = plan_of(groups, **options)
     with plan.attach(model, source_rows_only=True):
         hidden = model.model(**plan.inputs).last_hidden_state[0]
     yield hidden[plan.source_index], slice(0, len(plan.target_ids))
+
+
+def packed_states(model: Any, groups: list[Group]) -> Iterator[tuple[Tensor, slice]]:
+    """The same with a copy of the prompt for every completion: no padding, nothing shared."""
+    return shared_states(model, groups, min_token_ratio=float("inf"))
 
 
 def padded_states(model: Any, groups: list[Group]) -> Iterator[tuple[Tensor, slice]]:
@@ -161,6 +174,7 @@ def row_states(model: Any, groups: list[Group]) -> Iterator[tuple[Tensor, slice]
 STATES: dict[str, Callable[..., Iterator[tuple[Tensor, slice]]]] = {
     f"{OURS} shared prefix": shared_states,
     "padded rows": padded_states,
+    "packed rows": packed_states,
     "one row per sequence": row_states,
 }
 
@@ -242,7 +256,7 @@ def flops_of(work: Work, shares: bool) -> tuple[float, float]:
     for group in work.groups:
         lengths = [len(c) - 1 for c in group.completions]
         prompt = len(group.prompt)
-        copies = 1 if shares and work_is_shared(work) else len(lengths)
+        copies = 1 if shares and plan_of(work.groups).token_ratio > 1 else len(lengths)
         num_tokens += copies * prompt + sum(lengths)
         num_pairs += copies * prompt * (prompt + 1) // 2
         num_pairs += sum(x * prompt + x * (x + 1) // 2 for x in lengths)
@@ -255,19 +269,13 @@ def flops_of(work: Work, shares: bool) -> tuple[float, float]:
     return trunk, trunk + 3 * 2 * config.vocab_size * config.hidden_size * num_rows
 
 
-def work_is_shared(work: Work) -> bool:
-    """Whether the plan shares anything."""
-    plan = fastrl.pack([g.prompt for g in work.groups], [g.completions for g in work.groups])
-    return plan.token_ratio > 1.0
-
-
 def measure(case: Case, quick: bool, seconds: float) -> list[Row]:
     """Check, measure memory, time; printed as a table with the ratios that the counts predict."""
     work = Work(case, quick)
     errors = errors_of(case, quick, work)
     peaks = {name: in_fresh_process(peak_of, case, quick, name) for name in STATES}
     steps = {name: (lambda name=name: work.step(name)) for name in STATES}
-    timings = time_interleaved(steps, device="cpu", seconds=seconds)
+    timings = time_interleaved(steps, device="cpu", seconds=seconds, min_rounds=3)
     flops = flops_of(work, shares=True)[1]
     where = environment("cpu")
     rows = []
@@ -276,8 +284,7 @@ def measure(case: Case, quick: bool, seconds: float) -> list[Row]:
         rows.append(row_of(case, name, errors[name], peaks[name], timings[name], where, flops=done))
     print_table(rows)
     ratio = flops_of(work, shares=False)[1] / flops
-    plan = fastrl.pack([g.prompt for g in work.groups], [g.completions for g in work.groups])
-    print(f"token ratio {plan.token_ratio:.2f}, FLOP ratio {ratio:.2f}")
+    print(f"token ratio {plan_of(work.groups).token_ratio:.2f}, FLOP ratio {ratio:.2f}")
     return rows
 
 
@@ -299,7 +306,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the benchmark")
     parser.add_argument("--json", type=Path, help="write the rows here, after every case")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for the timing of a case")
+    parser.add_argument("--seconds", type=float, default=30.0, help="for the timing of a case")
     args = parser.parse_args()
     rows: list[Row] = []
     for case in make_cases(args.quick):

@@ -44,12 +44,16 @@ class Timing(NamedTuple):
 
 
 def time_interleaved(
-    steps: dict[str, Step], *, device: str, seconds: float, seed: int = 0
-) -> dict[str, Timing]:
-    """Quantiles of every step; `seconds` bounds the rounds, of which there are 5 to 30."""
+    steps: dict[str, Step], *, device: str, seconds: float, seed: int = 0,
+    min_rounds: int = MIN_ROUNDS,
+) -> dict[str, Timing]:  # fmt: skip
+    """Quantiles of every step; `seconds` bounds the rounds, of which there are 5 to 30.
+
+    min_rounds: fewer than 5, for steps of many seconds.
+    """
     time_one = _cuda_timer() if device == "cuda" else time_on_cpu
     warm_up = sum(time_one(step) for step in steps.values())
-    num_rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(1000 * seconds / warm_up)))
+    num_rounds = min(MAX_ROUNDS, max(min_rounds, int(1000 * seconds / warm_up)))
     times: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(seed).shuffle
     for _ in range(num_rounds):

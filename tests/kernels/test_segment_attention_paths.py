@@ -4,6 +4,7 @@ N packed tokens, H heads, Hkv key-value heads, K head size of queries and keys, 
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastrl_kernels import Segments, make_segments
 from fastrl_kernels import segment_attention as any_segment_attention
 from fastrl_kernels.segment_attention import paths, segment_attention_reference, short_paths
-from fastrl_kernels.segment_attention.forest import Forest, forest_of
 from fastrl_kernels.segment_attention.op import path_attention_gradients_op, path_attention_op
 from fastrl_kernels.segment_attention.scores import Options
 
@@ -53,6 +53,14 @@ def random_forest(generator: torch.Generator, num_segments: int) -> Segments:
         parents.append(path[-1] if path else -1)
         path.append(segment)
     return make_segments(lengths, parents)
+
+
+@pytest.fixture(autouse=True)
+def fresh_tables() -> Iterator[None]:
+    """Tables are kept by forest; here their sizes differ from test to test."""
+    paths._tables.cache_clear()
+    yield
+    paths._tables.cache_clear()
 
 
 OPTIONS = [{}, {"window": 5}, {"window": 1}, {"softcap": 2.0, "window": 3, "scale": 0.9}]
@@ -203,28 +211,28 @@ class LargestTensor(TorchDispatchMode):
 
 def arguments_of(
     segments: Segments, dtype: torch.dtype = torch.float32
-) -> tuple[list[Tensor], Tensor, Forest, Options]:
+) -> tuple[list[Tensor], Tensor, paths.Tables, Options]:
     *tensors, grad_out = make_inputs(segments.num_tokens, dtype=dtype)
-    forest = forest_of(segments.lengths, segments.parents)
-    return tensors, grad_out, forest, Options(0.3, None, None)
+    tables = paths.tables_of(segments.lengths, segments.parents, H, torch.device("cpu"))
+    return tensors, grad_out, tables, Options(0.3, None, None)
 
 
 @pytest.mark.parametrize("prompt", [1500, 40])
 def test_no_tensor_is_larger_than_a_tile_or_the_inputs(prompt: int) -> None:
     segments = make_segments([prompt] + [50] * 60, [-1] + [0] * 60)
-    tensors, grad_out, forest, options = arguments_of(segments)
+    tensors, grad_out, tables, options = arguments_of(segments)
     with LargestTensor() as largest:
-        out = paths.forward(*tensors, forest, options)
-        paths.backward(grad_out, out, *tensors, forest, options)
+        out = paths.forward(*tensors, tables, options)
+        paths.backward(grad_out, out, *tensors, tables, options)
     # A sink is one more column of the scores, of which there are at least 16.
     assert largest.numel <= max(paths.MAX_SCORES * 17 // 16, segments.num_tokens * H * K)
 
 
 def test_work_follows_the_visible_pairs() -> None:
     segments = make_segments([300] + [40] * 16 + [64], [-1] + [0] * 16 + [-1])
-    tensors, _, forest, options = arguments_of(segments)
+    tensors, _, tables, options = arguments_of(segments)
     with FlopCounterMode(display=False) as counter:
-        paths.forward(*tensors, forest, options)
+        paths.forward(*tensors, tables, options)
     visible = int(segments.visibility().sum())
     assert counter.get_total_flops() <= 1.25 * 2 * visible * H * (K + KV)
 

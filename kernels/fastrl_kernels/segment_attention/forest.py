@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-from torch import Tensor
-
 
 class Forest(NamedTuple):
     """M segments in depth-first preorder, a number for each."""
@@ -31,14 +29,13 @@ class Forest(NamedTuple):
         return levels
 
 
-def forest_of(lengths: Tensor, parents: Tensor) -> Forest:
-    """The forest of these (M,) lengths and parents."""
-    sizes, above = lengths.tolist(), parents.tolist()
+def forest_of(lengths: list[int], parents: list[int]) -> Forest:
+    """The forest of these segments."""
     starts: list[int] = []
     depths: list[int] = []
     total = 0
-    for size, parent in zip(sizes, above, strict=True):
+    for length, parent in zip(lengths, parents, strict=True):
         starts.append(total)
-        depths.append(0 if parent < 0 else depths[parent] + sizes[parent])
-        total += size
-    return Forest(sizes, above, starts, depths)
+        depths.append(0 if parent < 0 else depths[parent] + lengths[parent])
+        total += length
+    return Forest(lengths, parents, starts, depths)

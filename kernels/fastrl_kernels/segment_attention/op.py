@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastrl_kernels.head import accumulation_dtype
 from fastrl_kernels.segment_attention import paths
-from fastrl_kernels.segment_attention.forest import forest_of
+from fastrl_kernels.segment_attention.paths import tables_of
 from fastrl_kernels.segment_attention.scores import Options
 
 NUM_INPUTS = 9
@@ -32,8 +32,8 @@ def path_attention_op(
     """(N, H, Kv) outputs, for the forest of these (M,) lengths and parents."""
     # Autocast would round the float32 operands of every product to half precision.
     with torch.autocast(q.device.type, enabled=False):
-        forest = forest_of(lengths, parents)
-        return paths.forward(q, k, v, sinks, forest, Options(scale, window, softcap))
+        tables = tables_of(lengths, parents, q.shape[1], q.device)
+        return paths.forward(q, k, v, sinks, tables, Options(scale, window, softcap))
 
 
 @path_attention_op.register_fake
@@ -57,8 +57,9 @@ def path_attention_gradients_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the sinks, the last one empty if there are none."""
     with torch.autocast(q.device.type, enabled=False):
-        forest, options = forest_of(lengths, parents), Options(scale, window, softcap)
-        return paths.backward(grad_out, out, q, k, v, sinks, forest, options)
+        tables = tables_of(lengths, parents, q.shape[1], q.device)
+        options = Options(scale, window, softcap)
+        return paths.backward(grad_out, out, q, k, v, sinks, tables, options)
 
 
 @path_attention_gradients_op.register_fake

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastrl_kernels.head import accumulation_dtype
 from fastrl_kernels.products import round_up
 from fastrl_kernels.segment_attention import short_paths
-from fastrl_kernels.segment_attention.forest import Forest
+from fastrl_kernels.segment_attention.forest import Forest, forest_of
 from fastrl_kernels.segment_attention.scores import Options, Rows, attend, slopes_of
 
 MAX_SCORES = 2**18  # of a tile with more than MIN_TOKENS: 1 MiB of float32, to stay in the cache
@@ -41,6 +41,13 @@ class Tile(NamedTuple):
         return self.tokens.stop - self.tokens.start
 
 
+class Tables(NamedTuple):
+    """What the loops go through, the same for all layers of a model."""
+
+    forest: Forest
+    short: list[short_paths.Batch]
+
+
 class Gradients(NamedTuple):
     """In the shapes and dtypes of the inputs; that of the sinks is empty if there are none."""
 
@@ -48,6 +55,19 @@ class Gradients(NamedTuple):
     k: Tensor
     v: Tensor
     sinks: Tensor
+
+
+def tables_of(lengths: Tensor, parents: Tensor, num_heads: int, device: torch.device) -> Tables:
+    """The tables of these (M,) lengths and parents; those of the last few forests are kept."""
+    as_bytes = (x.cpu().numpy().tobytes() for x in (lengths, parents))
+    return _tables(*as_bytes, num_heads, device)
+
+
+@functools.lru_cache(maxsize=4)
+def _tables(lengths: bytes, parents: bytes, num_heads: int, device: torch.device) -> Tables:
+    forest = forest_of(*(memoryview(x).cast("q").tolist() for x in (lengths, parents)))
+    short = short_paths.batches(forest, num_heads)
+    return Tables(forest, [short_paths.Batch(*(x.to(device) for x in batch)) for batch in short])
 
 
 class Path:
@@ -109,11 +129,12 @@ def tiles(forest: Forest, segment: int, num_heads: int, window: int | None) -> I
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, forest: Forest, options: Options
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, tables: Tables, options: Options
 ) -> Tensor:
     """(N, H, Kv) outputs."""
+    forest = tables.forest
     out = q.new_empty(*q.shape[:2], v.shape[2])
-    short_paths.forward_(out, q, k, v, sinks, short_paths.batches(forest), options)
+    short_paths.forward_(out, q, k, v, sinks, tables.short, options)
     path = Path((k, v), forest)
     for segment in range(len(forest.lengths)):
         for tile in tiles(forest, segment, q.shape[1], options.window):
@@ -125,9 +146,10 @@ def forward(
 
 def backward(
     grad_out: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
-    forest: Forest, options: Options,
+    tables: Tables, options: Options,
 ) -> Gradients:  # fmt: skip
     """Gradients of `forward`, whose scores are computed again; every sum has a fixed order."""
+    forest = tables.forest
     dtype = accumulation_dtype(q.dtype)
     path = Path((k, v), forest)
     totals = Path((torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)), forest)
@@ -149,8 +171,7 @@ def backward(
         if path.is_entered[segment]:
             totals.take(segment)
     short_paths.backward_(
-        q_grad, k_total, v_total, sinks_total, grad_out, out, q, k, v, sinks,
-        short_paths.batches(forest), options,
+        q_grad, k_total, v_total, sinks_total, grad_out, out, q, k, v, sinks, tables.short, options
     )  # fmt: skip
     sinks_dtype = dtype if sinks is None else sinks.dtype
     return Gradients(q_grad, k_total.to(k.dtype), v_total.to(v.dtype), sinks_total.to(sinks_dtype))

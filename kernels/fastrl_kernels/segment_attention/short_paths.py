@@ -9,7 +9,6 @@ Hkv, R = T * H / Hkv.
 """
 
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,8 +33,8 @@ class Batch(NamedTuple):
     places: Tensor  # int64: the real ones among the B * T tokens
 
 
-def batches(forest: Forest) -> list[Batch]:
-    """The tiles of all segments whose path is short, by size."""
+def batches(forest: Forest, num_heads: int) -> list[Batch]:
+    """The tiles of all segments whose path is short, by size, in products for the cache."""
     lengths, starts, depths = (
         torch.tensor(x, dtype=torch.int64) for x in (forest.lengths, forest.starts, forest.depths)
     )
@@ -57,12 +56,15 @@ def batches(forest: Forest) -> list[Batch]:
         token, key = torch.arange(int(size[0])), torch.arange(int(size[1]))
         is_token, is_key = token < counts[tiles, None], key < num_keys[tiles, None]
         offset = torch.where(is_token, token, 0)
-        found.append(Batch(
-            tokens=row + offset,
-            keys=torch.where(is_key, paths[segments[tiles], : len(key)], row),
-            positions=firsts[tiles, None] + offset,
-            places=is_token.flatten().nonzero()[:, 0],
-        ))  # fmt: skip
+        count = max(1, MAX_SCORES // (num_heads * len(token) * len(key)))
+        parts = zip(
+            (row + offset).split(count),
+            torch.where(is_key, paths[segments[tiles], : len(key)], row).split(count),
+            (firsts[tiles, None] + offset).split(count),
+            is_token.split(count),
+            strict=True,
+        )
+        found += [Batch(*part[:3], part[3].flatten().nonzero()[:, 0]) for part in parts]
     return found
 
 
@@ -88,28 +90,14 @@ def _path_rows(forest: Forest, size: int) -> Tensor:
     return rows
 
 
-def chunks(batch: Batch, num_heads: int) -> Iterator[Batch]:
-    """The same tiles, no more scores at once than the cache holds."""
-    (num_tiles, T), L = batch.tokens.shape, batch.keys.shape[1]
-    size = max(1, MAX_SCORES // (num_heads * T * L))
-    for first in range(0, num_tiles, size):
-        tiles = slice(first, first + size)
-        inside = (batch.places >= first * T) & (batch.places < (first + size) * T)
-        yield Batch(
-            batch.tokens[tiles], batch.keys[tiles], batch.positions[tiles],
-            batch.places[inside] - first * T,
-        )  # fmt: skip
-
-
 def forward_(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, tiles: list[Batch],
     options: Options,
 ) -> None:  # fmt: skip
     """Write the (N, H, Kv) outputs of the tokens on short paths."""
     for batch in tiles:
-        for chunk in chunks(batch, q.shape[1]):
-            rows = _rows(q, k, v, sinks, chunk, options)
-            _write(out, chunk, rows, attend(rows, options))
+        rows = _rows(q, k, v, sinks, batch, options)
+        _write(out, batch, rows, attend(rows, options))
 
 
 def backward_(
@@ -119,19 +107,18 @@ def backward_(
 ) -> None:  # fmt: skip
     """Write q_grad of the tokens on short paths, and add to the totals, which hold sums."""
     for batch in tiles:
-        for chunk in chunks(batch, q.shape[1]):
-            rows = _rows(q, k, v, sinks, chunk, options)
-            grads_out = _queries(grad_out, chunk, k.shape[1])
-            is_padding = torch.ones(chunk.tokens.numel(), dtype=torch.bool)
-            is_padding[chunk.places] = False
-            is_padding = is_padding.view(len(chunk.tokens), 1, -1, 1, 1)
-            rows.by_token(grads_out).masked_fill_(is_padding, 0)
-            slopes = slopes_of(rows, _queries(out, chunk, k.shape[1]), grads_out, options)
-            _add(v_total, chunk, torch.bmm(slopes.probs.mT, grads_out))
-            _add(k_total, chunk, torch.bmm(slopes.scores.mT, rows.queries).mul_(options.scale))
-            _write(q_grad, chunk, rows, torch.bmm(slopes.scores, rows.keys).mul_(options.scale))
-            if slopes.sinks is not None:
-                sinks_total += slopes.sinks
+        rows = _rows(q, k, v, sinks, batch, options)
+        grads_out = _queries(grad_out, batch, k.shape[1])
+        is_padding = torch.ones(batch.tokens.numel(), dtype=torch.bool, device=q.device)
+        is_padding[batch.places] = False
+        is_padding = is_padding.view(len(batch.tokens), 1, -1, 1, 1)
+        rows.by_token(grads_out).masked_fill_(is_padding, 0)
+        slopes = slopes_of(rows, _queries(out, batch, k.shape[1]), grads_out, options)
+        _add(v_total, batch, torch.bmm(slopes.probs.mT, grads_out))
+        _add(k_total, batch, torch.bmm(slopes.scores.mT, rows.queries).mul_(options.scale))
+        _write(q_grad, batch, rows, torch.bmm(slopes.scores, rows.keys).mul_(options.scale))
+        if slopes.sinks is not None:
+            sinks_total += slopes.sinks
 
 
 def _rows(
@@ -146,7 +133,8 @@ def _rows(
 
 def _hide(scores: Tensor, batch: Batch, window: int | None) -> None:
     """scores: (B, Hkv, T, H / Hkv, L)."""
-    distance = batch.positions[:, :, None] - torch.arange(batch.keys.shape[1])
+    key = torch.arange(batch.keys.shape[1], device=scores.device)
+    distance = batch.positions[:, :, None] - key
     hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
     scores.masked_fill_(hidden[:, None, :, None], -torch.inf)
 
