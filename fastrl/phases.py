@@ -13,24 +13,12 @@ import torch
 from torch import Tensor
 
 from fastrl.errors import InputError
-from fastrl.methods.coefficients import (
-    Coefficients,
-    advantages_of,
-    coefficients,
-    selected,
-    shaped,
-    token_advantages,
-    token_objective,
-)
+from fastrl.methods.coefficients import Coefficients, coefficients, token_objective
+from fastrl.methods.estimates import estimated
 from fastrl.methods.inputs import StepInputs
-from fastrl.methods.needs import (
-    counts_every_completion,
-    estimates_from_tokens,
-    looks_past_tokens,
-)
+from fastrl.methods.needs import estimates_from_tokens, looks_past_tokens
 from fastrl.methods.record import Method
 from fastrl.packing import PackedPass
-from fastrl.selection import with_gradient
 from fastrl.types import Rewards, Rollouts
 from fastrl_kernels import LinearLogps, PolicyLoss
 from fastrl_kernels.objectives import Parameter, Regulariser
@@ -61,23 +49,6 @@ def start_inputs(
         generator=generator,
         reward_parts=torch.stack(parts) if parts else None,
     )
-
-
-def rows_to_train(method: Method, inputs: StepInputs) -> tuple[StepInputs, Tensor, Tensor]:
-    """The step with what is known of it before tokens; advantages (B,); the rows to encode (B,).
-
-    Where advantages come before tokens, rows whose gradient is zero by construction are left out;
-    where tokens come first, every counted row is needed.
-    """
-    advantages = torch.zeros_like(inputs.rewards)
-    if estimates_from_tokens(method):
-        return inputs, advantages, inputs.lengths > 0
-    inputs = selected(method, shaped(method, inputs))
-    if method.loss is None:
-        advantages = advantages_of(method, inputs)
-        inputs = dataclasses.replace(inputs, advantages=advantages)
-    kept = with_gradient(advantages, inputs.lengths, has_penalty=counts_every_completion(method))
-    return inputs, advantages, kept
 
 
 def with_sampler_logps(rollouts: Rollouts, passes: Sequence[PackedPass]) -> list[PackedPass]:
@@ -157,14 +128,6 @@ def prepare(
     elif is_first and advantages is not None:
         inputs = dataclasses.replace(inputs, advantages=advantages[inputs.tokens])
     return inputs, prepared(method, inputs, passes)
-
-
-def estimated(method: Method, inputs: StepInputs) -> StepInputs:
-    """The step with shaped rewards, advantages of every token, and what is left out at length 0."""
-    inputs = shaped(method, inputs)
-    if method.loss is None:
-        inputs = dataclasses.replace(inputs, advantages=token_advantages(method, inputs))
-    return selected(method, inputs)
 
 
 def prepared(method: Method, inputs: StepInputs, passes: Sequence[PackedPass]) -> Prepared:

@@ -20,6 +20,7 @@ from fastrl.encoding import decode_completions, encode_prompts, encode_solution
 from fastrl.loss import policy_pass_loss
 from fastrl.methods.adaptation import Adaptation
 from fastrl.methods.coefficients import completion_weights
+from fastrl.methods.estimates import rows_to_train
 from fastrl.methods.inputs import StepInputs
 from fastrl.methods.record import Method
 from fastrl.metrics import (
@@ -38,7 +39,6 @@ from fastrl.packing import PackedPass, pack_rollouts
 from fastrl.phases import (
     Prepared,
     prepare,
-    rows_to_train,
     start_inputs,
     step_loss,
     with_old_logps,

@@ -5,6 +5,8 @@ Legend: B completions, S trained tokens.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,9 @@ from fastrl.methods.coefficients import (
     Coefficients,
     coefficients,
 )
+from fastrl.methods.estimates import estimated, rows_to_train
 from fastrl.methods.inputs import StepInputs
-from fastrl.phases import estimated
+from fastrl.methods.needs import estimates_from_tokens
 from fastrl_kernels.objectives import TokenLosses, evaluate
 
 
@@ -80,6 +83,10 @@ def token_losses(found: Coefficients, inputs: StepInputs) -> TokenLosses:
 
 def loss_of(method: Method, inputs: StepInputs) -> tuple[StepInputs, Coefficients, TokenLosses]:
     """All of the above."""
-    inputs = estimated(method, inputs)
+    inputs, advantages, _ = rows_to_train(method, inputs)
+    if estimates_from_tokens(method):
+        inputs = estimated(method, inputs)
+    elif method.loss is None:
+        inputs = dataclasses.replace(inputs, advantages=advantages[inputs.tokens])
     found = coefficients(method, inputs)
     return inputs, found, token_losses(found, inputs)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from fastrl.loss import policy_pass_loss
 from fastrl.methods.axes import hyper_parameters_of
-from fastrl.methods.coefficients import completion_weights, token_advantages
+from fastrl.methods.coefficients import completion_weights
 from fastrl.methods.defaults import DEFAULTS
+from fastrl.methods.estimates import rows_to_train, token_advantages
 from fastrl.methods.inputs import StepInputs
 from fastrl.methods.needs import LEARN_WITHOUT_ADVANTAGE
 from fastrl.methods.record import Method, Penalty, use
 from fastrl.packing import PackedPass, pack_rollouts
-from fastrl.phases import prepare, rows_to_train, start_inputs, step_loss
+from fastrl.phases import prepare, start_inputs, step_loss
 from fastrl.types import Rewards, Rollouts
 from fastrl_kernels import LinearLogps, LMHead, linear_logps
 from fastrl_kernels.objectives import SURROGATES, Objective, evaluate

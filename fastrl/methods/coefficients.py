@@ -15,12 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.advantages import PER_TOKEN
 from fastrl.methods.axes import hyper_parameters_of
 from fastrl.methods.inputs import StepInputs, apply
 from fastrl.methods.record import Choice, Method, Penalty
 from fastrl.preferences import LOSSES, PAIRINGS, PreferenceInputs, preference_terms
-from fastrl.reward_shaping import TOKEN_REWARD_SHAPINGS
 from fastrl.token_weights import LEAVES_DENOMINATOR, kept_lengths
 from fastrl_kernels.objectives import (
     REGULARISERS,
@@ -43,42 +41,6 @@ class Coefficients(NamedTuple):
     entropy_coef: Parameter
     loss: Tensor | None = None  # of the whole step, where slopes say nothing of it
     clipped: Tensor | None = None  # the same
-
-
-def shaped(method: Method, inputs: StepInputs) -> StepInputs:
-    """The step with the method's rewards, of completions and, once there are tokens, of these."""
-    choice = method.reward_shaping
-    if choice is None:
-        return _with_token_rewards(inputs)
-    if choice.name in TOKEN_REWARD_SHAPINGS:
-        inputs = _with_token_rewards(inputs)
-        rewards = apply("reward_shaping", choice, inputs)
-        return dataclasses.replace(inputs, token_rewards=rewards)
-    rewards = apply("reward_shaping", choice, inputs)
-    return _with_token_rewards(dataclasses.replace(inputs, rewards=rewards))
-
-
-def _with_token_rewards(inputs: StepInputs) -> StepInputs:
-    """The reward of a completion on its last token, where tokens are known."""
-    if inputs.completion_index is None:
-        return inputs
-    token_rewards = inputs.rewards[inputs.tokens]
-    token_rewards[:-1][inputs.tokens[1:] == inputs.tokens[:-1]] = 0
-    return dataclasses.replace(inputs, token_rewards=token_rewards)
-
-
-def advantages_of(method: Method, inputs: StepInputs) -> Tensor:
-    """(B,), or (S,) where the estimator looks at tokens."""
-    values: Tensor = apply("advantage", method.advantage, inputs)
-    return values
-
-
-def selected(method: Method, inputs: StepInputs) -> StepInputs:
-    """The step without the completions that the method leaves out; they leave all averages."""
-    if method.selection is None:
-        return inputs
-    kept = apply("selection", method.selection, inputs)
-    return dataclasses.replace(inputs, lengths=inputs.lengths * kept)
 
 
 def completion_weights(method: Method, inputs: StepInputs) -> Tensor:
@@ -107,12 +69,6 @@ def coefficients(method: Method, inputs: StepInputs) -> Coefficients:
         method.entropy_coef, loss=-(weights * gains).sum(),
         clipped=(terms.slopes == 0) & (inputs.advantages != 0),
     )  # fmt: skip
-
-
-def token_advantages(method: Method, inputs: StepInputs) -> Tensor:
-    """(S,) advantages, whatever the estimator looks at."""
-    values = advantages_of(method, inputs)
-    return values if method.advantage.name in PER_TOKEN else values[inputs.tokens]
 
 
 def token_objective(method: Method) -> Objective:

@@ -29,6 +29,8 @@ class StepInputs:
     progress: Tensor  # () steps done over all steps
     generator: torch.Generator | None = None
     reward_parts: Tensor | None = None  # (R, B)
+    completion_advantages: Tensor | None = None  # (B,), where a completion has but one
+    copies: Tensor | None = None  # (B,) int64 times that each completion counts; None for once
     completion_index: Tensor | None = None  # (S,) int64 completion of each token
     logps: Tensor | None = None  # (S,), as all that follow
     old_logps: Tensor | None = None

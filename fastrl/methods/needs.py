@@ -33,6 +33,18 @@ def estimates_from_tokens(method: Method) -> bool:
     return bool(asked & OF_TOKENS)
 
 
+def selects_before_tokens(method: Method) -> bool:
+    """Whether it is known before any token is looked at which completions are kept."""
+    if method.selection is None:
+        return False
+    asked = set(inputs_of("selection", method.selection.name))
+    if method.reward_shaping is not None:
+        asked |= set(inputs_of("reward_shaping", method.reward_shaping.name))
+    if "completion_advantages" in asked:
+        asked |= set(inputs_of("advantage", method.advantage.name))
+    return not asked & OF_TOKENS
+
+
 LEARN_WITHOUT_ADVANTAGE = frozenset({"kl_penalised_ratio", "log_likelihood", "mirror_descent"})
 """Surrogates with a slope where the advantage is zero: a penalty inside, or no advantage at all."""
 

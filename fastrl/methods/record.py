@@ -66,6 +66,8 @@ class Method:
     controllers: tuple[Choice, ...] = ()
     """What moves coefficients from step to step, see `fastrl.methods.adaptation`."""
     mask_truncated_completions: bool = False
+    advantage_after_selection: bool = False
+    """Advantages are of the completions that are kept, among themselves."""
     settings: str = ""
     """Published settings outside of the loss: generations, batch, learning rate."""
     missing: str = ""

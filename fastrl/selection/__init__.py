@@ -23,6 +23,7 @@ from fastrl.selection.groups import (
     best,
     best_and_random,
     best_and_worst,
+    first_of_completion,
     max_variance,
     max_variance_advantages,
     nonzero_std,
@@ -55,6 +56,7 @@ __all__ = [
     "SELECTIONS",
     "counted_lengths",
     "explorability",
+    "first_of_completion",
     "with_gradient",
     "zero_spread_fraction",
 ]
