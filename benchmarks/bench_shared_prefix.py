@@ -1,24 +1,26 @@
 """A group's prompt encoded once, against padded rows, packed rows and one row per sequence.
 
-python benchmarks/bench_shared_prefix.py [--quick] [--json PATH] [--only TEXT] [--seconds S]
+python benchmarks/bench_shared_prefix.py [--quick] [--json PATH] [--only TEXT]
 
 The model is a Qwen3 of 25M parameters without its embedding. Every implementation computes the
 same loss and the same gradients, which are compared with one forward pass per sequence in float64
-before anything is timed. "trunk" is forward and backward of the layers, from token ids to hidden
-states; "update" adds the head, the policy loss, clipping and AdamW.
+before anything is timed. An update is forward, head and policy loss, backward, clipping and AdamW;
+"trunk" is its forward and backward through the layers, from token ids to hidden states.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from compare import exit_status
-from measure import Timing, in_fresh_process, peak_on_cpu, time_interleaved
+from measure import Timing, in_fresh_process, peak_on_cpu
 from rows import OURS, Row, environment, print_table, write_json
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -27,13 +29,14 @@ import fastrl
 from fastrl_kernels import LMHead, policy_loss
 from fastrl_kernels.objectives import SURROGATES, Objective
 
+OBJECTIVE = Objective(SURROGATES["clipped_ratio"], (0.2, 0.2))
+NUM_ROUNDS = 3
 MAX_ERROR = 2e-5  # of float32 gradients relative to the largest float64 one
 
 
 class Case(NamedTuple):
-    """P_max prompt tokens, R completion tokens, G completions of each of `num_prompts` prompts."""
+    """P prompt tokens, R completion tokens, G completions of each of `num_prompts` prompts."""
 
-    operation: str
     num_prompts: int
     prompt_length: int
     completion_length: int
@@ -43,7 +46,7 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         lengths = "log-normal up to " if self.is_ragged else ""
         return (
-            f"{self.operation} prompts={self.num_prompts} P={self.prompt_length} "
+            f"prompts={self.num_prompts} P={self.prompt_length} "
             f"R={lengths}{self.completion_length} G={self.num_generations} float32"
         )
 
@@ -56,23 +59,27 @@ class Group(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The S trained tokens in the order of the sequences: what the loss needs beside the states."""
+    """(S,) of the trained tokens, in the order of the sequences: what the loss needs."""
 
     target_ids: Tensor
     advantages: Tensor
     token_weights: Tensor
-    directions: Tensor
-    """(S, D): the gradient that "trunk" feeds into the hidden states."""
+
+
+class Seconds(NamedTuple):
+    """Of one update."""
+
+    trunk: float
+    update: float
 
 
 def make_cases(quick: bool) -> list[Case]:
-    """The issue's shape first; the last ones share nothing."""
+    """The last ones share nothing."""
     if quick:
-        return [Case("trunk", 1, 64, 16, 4), Case("update", 2, 48, 16, 4, is_ragged=True)]
-    grid = [(1, 1024, 64, 16), (1, 512, 128, 8), (2, 256, 64, 8), (4, 64, 64, 8)]
-    cases = [Case("trunk", *grid[0]), *(Case("update", *shape) for shape in grid)]
-    cases.append(Case("update", 2, 256, 256, 8, is_ragged=True))
-    return [*cases, Case("update", 8, 256, 128, 1), Case("update", 32, 64, 32, 1)]
+        return [Case(1, 64, 16, 4), Case(2, 48, 16, 4, is_ragged=True)]
+    shared = [(1, 1024, 64, 16), (1, 512, 128, 8), (2, 256, 64, 8), (4, 64, 64, 8)]
+    cases = [Case(*shape) for shape in shared]
+    return [*cases, Case(2, 256, 256, 8, is_ragged=True), Case(8, 256, 128, 1), Case(32, 64, 32, 1)]
 
 
 def build_model(quick: bool, dtype: torch.dtype) -> Any:
@@ -111,15 +118,14 @@ def make_groups(case: Case, vocabulary: int) -> list[Group]:
 def make_trained(groups: list[Group], model: Any) -> Trained:
     """Random advantages, one for each completion; weights of a token mean."""
     generator = torch.Generator().manual_seed(2)
-    dtype, size = model.dtype, model.config.hidden_size
+    dtype = model.dtype
     completions = [completion for group in groups for completion in group.completions]
     target_ids = torch.cat(completions)
     lengths = torch.tensor([len(completion) for completion in completions])
     num_tokens = len(target_ids)
     advantages = torch.randn(len(completions), generator=generator).repeat_interleave(lengths)
-    directions = torch.randn(num_tokens, size, generator=generator) / num_tokens
     weights = torch.full((num_tokens,), 1 / num_tokens, dtype=dtype)
-    return Trained(target_ids, advantages.to(dtype), weights, directions.to(dtype))
+    return Trained(target_ids, advantages.to(dtype), weights)
 
 
 def plan_of(groups: list[Group], **options: Any) -> fastrl.Plan:
@@ -179,16 +185,6 @@ STATES: dict[str, Callable[..., Iterator[tuple[Tensor, slice]]]] = {
 }
 
 
-def loss_of(model: Any, states: Tensor, trained: Trained, part: slice, operation: str) -> Tensor:
-    """The share of some trained tokens in the loss."""
-    if operation == "trunk":
-        return (states * trained.directions[part]).sum()
-    return policy_loss(
-        states, LMHead.from_model(model), trained.target_ids[part], trained.advantages[part],
-        trained.token_weights[part], objective=Objective(SURROGATES["clipped_ratio"], (0.2, 0.2)),
-    ).loss  # fmt: skip
-
-
 class Work:
     """A model with its data, and every implementation as a step that leaves gradients behind."""
 
@@ -200,26 +196,38 @@ class Work:
         # At a learning rate of 0 the optimizer does all its work and the weights stay.
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0)
 
-    def backward(self, name: str) -> float:
-        """The loss; its gradients are added to the parameters'."""
-        total = 0.0
+    def backward(self, name: str) -> tuple[float, float]:
+        """The loss, and seconds in the head; gradients are added to the parameters'."""
+        total = in_head = 0.0
         for states, part in STATES[name](self.model, self.groups):
-            loss = loss_of(self.model, states, self.trained, part, self.case.operation)
+            start = time.perf_counter()
+            leaf = states.detach().requires_grad_()
+            loss = self.loss(leaf, part)
             loss.backward()
+            in_head += time.perf_counter() - start
+            states.backward(leaf.grad)
             total += float(loss.detach())
-        return total
+        return total, in_head
 
-    def step(self, name: str) -> None:
-        """What is timed."""
-        self.backward(name)
-        if self.case.operation == "update":
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
+    def loss(self, states: Tensor, part: slice) -> Tensor:
+        """The share of some trained tokens in the loss."""
+        ids, advantages, weights = (x[part] for x in self.trained)
+        head = LMHead.from_model(self.model)
+        return policy_loss(states, head, ids, advantages, weights, objective=OBJECTIVE).loss
+
+    def update(self, name: str) -> Seconds:
+        """One update, timed."""
+        start = time.perf_counter()
+        _, in_head = self.backward(name)
+        in_trunk = time.perf_counter() - start - in_head
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
+        return Seconds(in_trunk, time.perf_counter() - start)
 
     def gradients(self, name: str) -> list[Tensor]:
         """Of every parameter, the loss first."""
-        loss = self.backward(name)
+        loss, _ = self.backward(name)
         grads = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
         self.model.zero_grad(set_to_none=True)
         return [torch.tensor(loss), *grads]
@@ -242,16 +250,27 @@ def peak_of(case: Case, quick: bool, name: str) -> int:
     work = Work(case, quick)
     for parameter in work.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return peak_on_cpu(lambda: work.backward(name), lambda: None)
+    groups, trained = work.groups, work.trained
+    small = make_groups(Case(1, 64, 16, 2), work.model.config.vocab_size)
+
+    def step() -> None:
+        work.backward(name)
+
+    def use_all() -> None:
+        work.groups, work.trained = groups, trained
+
+    # The first call only loads libraries and starts threads, which a small group does as well.
+    work.groups, work.trained = small, make_trained(small, work.model)
+    return peak_on_cpu(step, use_all)
 
 
 def flops_of(work: Work, shares: bool) -> tuple[float, float]:
-    """Floating-point operations of the trunk and of all, forward and backward, from counts.
+    """Floating-point operations of the trunk and of the update, optimizer aside, from counts.
 
     A token takes 2 operations for each weight of a layer; a (query, key) pair 4 for each element of
     a head, in each layer; a trained token 2 for each weight of the head. Backward is twice forward.
     """
-    config, case = work.model.config, work.case
+    config = work.model.config
     num_tokens = num_pairs = num_rows = 0
     for group in work.groups:
         lengths = [len(c) - 1 for c in group.completions]
@@ -264,37 +283,53 @@ def flops_of(work: Work, shares: bool) -> tuple[float, float]:
     layers = sum(p.numel() for p in work.model.model.layers.parameters())
     width = config.num_attention_heads * config.head_dim
     trunk = 3 * (2 * layers * num_tokens + 4 * width * config.num_hidden_layers * num_pairs)
-    if case.operation == "trunk":
-        return trunk, trunk
     return trunk, trunk + 3 * 2 * config.vocab_size * config.hidden_size * num_rows
 
 
-def measure(case: Case, quick: bool, seconds: float) -> list[Row]:
-    """Check, measure memory, time; printed as a table with the ratios that the counts predict."""
+def measure(case: Case, quick: bool) -> list[Row]:
+    """Check, measure memory, time; printed with the ratios that counts of operations predict."""
     work = Work(case, quick)
     errors = errors_of(case, quick, work)
     peaks = {name: in_fresh_process(peak_of, case, quick, name) for name in STATES}
-    steps = {name: (lambda name=name: work.step(name)) for name in STATES}
-    timings = time_interleaved(steps, device="cpu", seconds=seconds, min_rounds=3)
-    flops = flops_of(work, shares=True)[1]
-    where = environment("cpu")
-    rows = []
-    for name in STATES:
-        done = flops_of(work, shares=name.startswith(OURS))[1]
-        rows.append(row_of(case, name, errors[name], peaks[name], timings[name], where, flops=done))
-    print_table(rows)
-    ratio = flops_of(work, shares=False)[1] / flops
-    print(f"token ratio {plan_of(work.groups).token_ratio:.2f}, FLOP ratio {ratio:.2f}")
+    times: dict[str, list[Seconds]] = {name: [] for name in STATES}
+    shuffle = random.Random(0).shuffle
+    for _ in range(NUM_ROUNDS):
+        order = list(STATES)
+        shuffle(order)
+        for name in order:
+            times[name].append(work.update(name))
+    where, rows = environment("cpu"), []
+    for index, part in enumerate(Seconds._fields):
+        done = {name: flops_of(work, shares=name.startswith(OURS))[index] for name in STATES}
+        found = [
+            row_of(
+                f"{part} {case}", name, errors[name], peaks[name] if part == "update" else None,
+                timing_of([seconds[index] for seconds in times[name]]), where, flops=done[name],
+            )
+            for name in STATES
+        ]  # fmt: skip
+        print_table(found)
+        ratio = done["padded rows"] / done[f"{OURS} shared prefix"]
+        print(f"token ratio {plan_of(work.groups).token_ratio:.2f}, FLOP ratio {ratio:.2f}")
+        sys.stdout.flush()
+        rows += found
     return rows
 
 
+def timing_of(seconds: list[float]) -> Timing:
+    """Quantiles in milliseconds."""
+    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    values = 1000 * torch.tensor(seconds, dtype=torch.float64)
+    return Timing(*values.quantile(levels).tolist())
+
+
 def row_of(
-    case: Case, name: str, error: float, peak: int, timing: Timing, where: dict[str, str], *,
+    case: str, name: str, error: float, peak: int | None, timing: Timing, where: dict[str, str], *,
     flops: float,
 ) -> Row:  # fmt: skip
     """The result of one implementation; its operations are those it cannot do without."""
     return Row(
-        case=str(case), implementation=name, correct=error <= MAX_ERROR, environment=where,
+        case=case, implementation=name, correct=error <= MAX_ERROR, environment=where,
         p20_ms=timing.p20, p50_ms=timing.p50, p80_ms=timing.p80, peak_bytes=peak,
         tflops=flops / timing.p50 / 1e9, weight_grad_error=error,
     )  # fmt: skip
@@ -306,12 +341,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the benchmark")
     parser.add_argument("--json", type=Path, help="write the rows here, after every case")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
-    parser.add_argument("--seconds", type=float, default=30.0, help="for the timing of a case")
     args = parser.parse_args()
     rows: list[Row] = []
     for case in make_cases(args.quick):
         if args.only in str(case):
-            rows += measure(case, args.quick, args.seconds)
+            rows += measure(case, args.quick)
             write_json(args.json, rows)
     return exit_status(rows)
 

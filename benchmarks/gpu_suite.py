@@ -1,4 +1,4 @@
-"""Everything worth knowing about the language-model head on one GPU, in under nine minutes.
+"""Everything worth knowing about the head and a group's attention on one GPU, within nine minutes.
 
 python benchmarks/gpu_suite.py [--json PATH] [--seconds 530] [--tiny]
 
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from attention_cases import attention_loaders
 from compare import exit_status, measure_case
 from implementations import load, logps_loaders, policy_loaders
 from logits_cases import forward_loaders, selected_loaders
@@ -41,6 +42,8 @@ def main() -> int:
         return 2
     device = "cpu" if args.tiny else "cuda"
     loaders = policy_loaders() | logps_loaders() | selected_loaders() | forward_loaders()
+    of_attention = (item.case for item in suite_cases(args.tiny) if item.group == "attention")
+    loaders |= attention_loaders(next(of_attention).shape)
     for line in load(loaders, device).absent:
         print(f"absent: {line}")
     rows: list[Row] = []

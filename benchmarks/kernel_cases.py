@@ -32,7 +32,7 @@ def cases() -> list[Case]:
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         found += _head_cases(dtype) + _product_cases(dtype) + _row_cases(dtype)
-        found += _attention_cases(dtype)
+        found += _attention_cases(dtype) + _selection_cases(dtype)
     return found + _shared_cases()
 
 
@@ -227,6 +227,32 @@ def _attention_cases(dtype: torch.dtype) -> list[Case]:
             {"SIZE": size, "BLOCK": size, "BLOCK_N": tiling.key_gradients.keys}, pointers,
         ),
     ]  # fmt: skip
+    return found
+
+
+def _selection_cases(dtype: torch.dtype) -> list[Case]:
+    from fastrl_kernels.token_selection.op import BLOCK, MAX_PROGRAMS, NUM_WARPS
+
+    name, module = TRITON_DTYPE[dtype], "fastrl_kernels.token_selection.kernel"
+    pointers = {
+        "scores_ptr": f"*{name}", "mask_ptr": "*i1", "kept_ptr": "*i1", "bounds_ptr": "*i64",
+        "ratio_ptr": "*fp64", "counts_ptr": "*i32", "state_ptr": "*i32",
+    }  # fmt: skip
+    found = []
+    for has_all in (False, True):
+        what = f"{name}{', mask, ratio' if has_all else ''}"
+        constants = {"HAS_MASK": has_all, "HAS_RATIO": has_all, "BLOCK": BLOCK}
+        absent = () if has_all else ("mask_ptr", "ratio_ptr")
+        found += [
+            Case(
+                f"counts of digits ({what})", f"{module}:count_digits_kernel", constants, pointers,
+                absent, num_warps=NUM_WARPS,
+            ),
+            Case(
+                f"kept tokens ({what})", f"{module}:keep_kernel",
+                {**constants, "MAX_PROGRAMS": MAX_PROGRAMS}, pointers, absent, num_warps=NUM_WARPS,
+            ),
+        ]  # fmt: skip
     return found
 
 

@@ -1,6 +1,7 @@
 """The cases of gpu_suite.py in the order of their value, and who takes part in which.
 
-S selected tokens, D hidden, V vocabulary.
+S selected tokens, D hidden, V vocabulary; of a group's attention P prompt tokens, R completion
+tokens, G completions.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import attention_cases
 import cases
 import logits_cases
 import torch
+from attention_cases import AttentionCase, Group
 from cases import Case, Prepared
 from implementations import LOGPS, MIN_MEMORY, POLICY, fastrl_variants, policy_loaders
 from inputs import Shape
@@ -22,7 +25,7 @@ STABLE = (POLICY, LOGPS, "naive", "trl")  # the rest of the peers run in a proce
 class SuiteCase:
     """A case, the group of implementations in it, and after how long its process is killed."""
 
-    case: Case
+    case: Case | AttentionCase
     group: str
     limit_seconds: float
 
@@ -40,13 +43,20 @@ def suite_cases(tiny: bool) -> list[SuiteCase]:
         Shape(num_tokens, vocab_size, size, torch.bfloat16, device) for size in sizes
     )
     logits = Shape(num_tokens // 2, vocab_size, 0, torch.bfloat16, device)
+    heads = (4, 2, 16) if tiny else (16, 8, 128)
+    groups = [(24, 8, 2)] * 3 if tiny else [(512, 512, 8), (2048, 512, 16), (8192, 1024, 8)]
+    short, long, longest = (Group(*group, *heads, torch.bfloat16, device) for group in groups)
     return [
         SuiteCase(Case("policy_loss", medium), "engines", 90),
         SuiteCase(Case("policy_loss", large), "engines", 90),
+        SuiteCase(AttentionCase("attention", long), "attention", 60),
         SuiteCase(Case("policy_loss", small), "engines", 90),
         SuiteCase(Case("forward", medium), "all", 60),
         SuiteCase(Case("policy_loss", medium, 0.2), "engines", 60),
         SuiteCase(Case("policy_loss", medium), "peers", 90),
+        SuiteCase(AttentionCase("attention", longest), "attention", 60),
+        SuiteCase(AttentionCase("attention", short), "attention", 45),
+        SuiteCase(AttentionCase("attention_forward", long), "attention", 45),
         SuiteCase(Case("selected_logps", logits), "logits", 45),
         SuiteCase(Case("selected_forward", logits), "logits", 45),
         SuiteCase(Case("linear_logps", medium), "all", 60),
@@ -81,4 +91,5 @@ GROUPS: dict[str, Callable[..., Prepared]] = {
     "peers": prepare_peers,
     "all": cases.prepare,
     "logits": logits_cases.prepare,
+    "attention": attention_cases.prepare,
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.report_demo import BEGIN, CURVE, END, RESULTS, render
+from benchmarks.report_rows import DOCUMENTS, filled
 from fastrl.cli import COMMANDS
 from fastrl.config_io import load_config
 from fastrl_kernels import LinearLogps, Plan, PolicyLoss
@@ -25,6 +26,12 @@ def test_demo_section_is_generated_from_the_committed_results():
     for run in results["runs"]:
         assert run["pass_at_1_after"] - run["pass_at_1_before"] >= 0.30
         assert run["num_parameters"] <= 2_000_000
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_are_those_of_the_committed_results(path):
+    text = path.read_text(encoding="utf-8")
+    assert text == filled(text)
 
 
 def test_first_code_comes_within_25_lines():
