@@ -60,6 +60,7 @@ class Rollouts:
     completion_ids: tuple[Tensor, ...]  # B ragged int64, the end-of-sequence token included
     rollout_logps: tuple[Tensor, ...] | None  # B ragged fp32, nats at the sampling temperature
     finished: Tensor  # (B,) bool: False where the length limit cut the completion
+    rollout_entropies: tuple[Tensor, ...] | None = None  # B ragged fp32, of the same distribution
 
     def __post_init__(self) -> None:
         num_completions = len(self.completion_ids)
@@ -73,11 +74,13 @@ class Rollouts:
             f"finished must be ({num_completions},) bool, got {tuple(self.finished.shape)} "
             f"of {self.finished.dtype}",
         )
-        if self.rollout_logps is not None:
-            shapes = [tuple(ids.shape) for ids in self.completion_ids]
+        shapes = [ids.shape for ids in self.completion_ids]
+        for name in ("rollout_logps", "rollout_entropies"):
+            values = getattr(self, name)
             _require(
-                [tuple(logps.shape) for logps in self.rollout_logps] == shapes,
-                "rollout_logps must hold one value per completion token",
+                values is None or [value.shape for value in values] == shapes,
+                f"{name} to hold one value per completion token; return None where the engine "
+                "records none",
             )
 
     @property
@@ -123,6 +126,7 @@ class Batch:
     old_logps: Tensor | None = None  # (S,)
     ref_logps: Tensor | None = None  # (S,)
     rollout_weights: Tensor | None = None  # (S,) corrections for the sampler's rounding or age
+    rollout_logps: Tensor | None = None  # (S,) as the sampler recorded them
 
     def __post_init__(self) -> None:
         num_packed = self.input_ids.shape[0]
@@ -132,7 +136,7 @@ class Batch:
             f"position_ids and segments must cover {num_packed} packed tokens",
         )
         for name in ("source_index", "completion_index", "advantages", "token_weights",
-                     "old_logps", "ref_logps", "rollout_weights"):  # fmt: skip
+                     "old_logps", "ref_logps", "rollout_weights", "rollout_logps"):  # fmt: skip
             value = getattr(self, name)
             _require(
                 value is None or value.shape == (num_tokens,),

@@ -45,7 +45,7 @@ class WarmStart:
             solutions,
             kept=torch.ones(size, dtype=torch.bool),
             advantages=torch.ones(size),
-            completion_weights=token_mean(solutions.lengths),
+            weights=token_mean(solutions.lengths),
             max_tokens_per_pass=self.config.max_tokens_per_pass,
             head_row_cost=self.trainer.head_row_cost,
             device=self.policy.device,

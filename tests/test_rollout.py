@@ -5,7 +5,7 @@ import torch
 
 from fastrl.errors import InputError
 from fastrl.rollout import Sampling, make_engine
-from fastrl.rollout.generate import truncate
+from fastrl.rollout.generate import _Sampler, truncate
 from fastrl.types import Example, Prompts
 from tests.helpers import random_ids, tiny_policy
 
@@ -33,15 +33,22 @@ def rollouts(policy):
 
 
 def test_logps_are_those_of_the_unpadded_sequence_at_the_sampling_temperature(policy, rollouts):
-    for b, (completion, logps) in enumerate(
-        zip(rollouts.completion_ids, rollouts.rollout_logps, strict=True)
+    for b, (completion, logps, entropies) in enumerate(
+        zip(
+            rollouts.completion_ids,
+            rollouts.rollout_logps,
+            rollouts.rollout_entropies,
+            strict=True,
+        )
     ):
         prompt = rollouts.prompts.token_ids[b // 4]
         with torch.no_grad():
             logits = policy.model(input_ids=torch.cat([prompt, completion])[None]).logits[0]
-        expected = (logits[len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
-        expected = expected.gather(1, completion[:, None])[:, 0]
+        table = (logits[len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
+        expected = table.gather(1, completion[:, None])[:, 0]
         torch.testing.assert_close(logps, expected, rtol=0, atol=2e-5)
+        expected = -(table.exp() * table).sum(-1)
+        torch.testing.assert_close(entropies, expected, rtol=0, atol=2e-5)
 
 
 def test_completions_end_with_their_first_end_token_or_at_the_limit(policy, rollouts):
@@ -117,7 +124,7 @@ def test_truncation_keeps_exactly_what_it_says():
     assert kept(min_p=0.4) == [True, True, False, False]
 
 
-def test_recorded_logps_are_untruncated(policy):
+def test_recorded_logps_and_entropies_are_untruncated(policy):
     sampling = Sampling(8, 4, top_k=2)
     rollouts = make_engine("generate", policy).generate(prompts_of([5]), sampling, generator())
     with torch.no_grad():
@@ -126,6 +133,17 @@ def test_recorded_logps_are_untruncated(policy):
     for completion, logps in zip(rollouts.completion_ids, rollouts.rollout_logps, strict=True):
         assert int(completion[0]) in expected.topk(2).indices.tolist()
         torch.testing.assert_close(logps[0], expected[completion[0]], rtol=0, atol=1e-5)
+    entropy = -(expected.exp() * expected).sum()
+    for entropies in rollouts.rollout_entropies:
+        torch.testing.assert_close(entropies[0], entropy, rtol=0, atol=1e-5)
+
+
+def test_tokens_that_the_model_excludes_leave_the_entropy_finite():
+    """A logit of -inf has probability 0, and 0 * log 0 is 0."""
+    sampler = _Sampler(Sampling(1, 1), generator(), 4)
+    sampler(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[0.0, -torch.inf, 0.0, 5.0]]))
+    kept = torch.tensor([0.0, 0.0, 5.0]).double().log_softmax(-1)
+    assert sampler.entropies.item() == pytest.approx(-float((kept.exp() * kept).sum()), abs=1e-6)
 
 
 def test_training_mode_is_restored(policy):

@@ -1,7 +1,13 @@
 """Completions, sequences and trees as packed rows in which every shared prefix stands once."""
 
 from fastrl.packing.groups import MIN_TOKEN_RATIO, pack, pack_rows
-from fastrl.packing.passes import PackedPass, pack_rollouts, split_cost, split_into_passes
+from fastrl.packing.passes import (
+    PackedPass,
+    count_rollouts,
+    pack_rollouts,
+    split_cost,
+    split_into_passes,
+)
 from fastrl.packing.plan import Plan
 from fastrl.packing.shared_tokens import DistinctRows, distinct_rows
 from fastrl.packing.tree_passes import TreePass, pack_tree_passes, split_tree_into_passes
@@ -13,6 +19,7 @@ __all__ = [
     "PackedPass",
     "Plan",
     "TreePass",
+    "count_rollouts",
     "distinct_rows",
     "pack",
     "pack_rollouts",

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrl.packing.groups import MIN_TOKEN_RATIO, count_tokens, pack
 from fastrl.packing.plan import Plan
-from fastrl.packing.tokens import lengths_of
+from fastrl.packing.tokens import lengths_of, ranges
 from fastrl.types import Batch, Rollouts
 
 
@@ -24,6 +25,31 @@ class PackedPass:
 
     plan: Plan
     batch: Batch
+
+    def keep_tokens(self, kept: Tensor, *, trim: bool = False) -> PackedPass:
+        """The pass with fewer trained tokens, as `Plan.keep_tokens` has it."""
+        plan = self.plan.keep_tokens(kept, trim=trim)
+        whole = self.batch
+
+        def some(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[kept]
+
+        batch = dataclasses.replace(
+            whole,
+            input_ids=plan.input_ids,
+            position_ids=plan.position_ids,
+            segments=plan.segments,
+            source_index=plan.source_index,
+            target_ids=plan.target_ids,
+            completion_index=whole.completion_index[kept],
+            advantages=whole.advantages[kept],
+            token_weights=whole.token_weights[kept],
+            old_logps=some(whole.old_logps),
+            ref_logps=some(whole.ref_logps),
+            rollout_weights=some(whole.rollout_weights),
+            rollout_logps=some(whole.rollout_logps),
+        )
+        return PackedPass(plan, batch)
 
 
 def split_into_passes(
@@ -70,21 +96,25 @@ def split_into_passes(
 
 
 def pack_rollouts(
-    rollouts: Rollouts, kept: Tensor, advantages: Tensor, completion_weights: Tensor, *,
+    rollouts: Rollouts, kept: Tensor, advantages: Tensor, weights: Tensor | Sequence[Tensor], *,
     max_tokens_per_pass: int, device: torch.device, dtype: torch.dtype = torch.float32,
     head_row_cost: float = 0.0, min_token_ratio: float = MIN_TOKEN_RATIO,
 ) -> list[PackedPass]:  # fmt: skip
     """The kept completions as packed passes with one advantage and one weight per trained token.
 
-    kept: (B,) bool; advantages, completion_weights: (B,). Rows that are not kept cost nothing.
+    kept: (B,) bool; advantages: (B,); weights: (B,), or for each completion one of every token.
+    Rows that are not kept cost nothing. With weights of tokens, those of weight 0 have no row at
+    the head, and what follows the last other token of a completion is not encoded.
+
     Where sharing prompts would shorten the whole step by less than `min_token_ratio`, no pass
     shares any: decided once, because a pass that unshared its prompts later would break its budget.
     """
     G = rollouts.num_generations
     prompts = rollouts.prompts.token_ids
+    tokens = _tokens_of(rollouts, advantages, weights)
     completions = [
-        ids if keep else _NO_TOKENS
-        for ids, keep in zip(rollouts.completion_ids, kept.tolist(), strict=True)
+        ids[:end] if keep else _NO_TOKENS
+        for ids, end, keep in zip(rollouts.completion_ids, tokens.ends, kept.tolist(), strict=True)
     ]
     prompt_lengths, lengths = lengths_of(prompts), lengths_of(completions)
     shared, unshared = count_tokens(prompt_lengths, lengths, torch.full_like(prompt_lengths, G))
@@ -111,8 +141,16 @@ def pack_rollouts(
             plan = dataclasses.replace(plan, num_repeated_tokens=repeated)
         last = pairs[-1][0]
         rows = torch.tensor([groups[group][g] for group, members in pairs for g in members])
-        packed.append(_with_weights(plan, rows, advantages, completion_weights, device, dtype))
+        packed.append(_with_values(plan, rows, tokens, device, dtype))
     return packed
+
+
+def count_rollouts(rollouts: Rollouts) -> int:
+    """Packed tokens of all completions in one pass, with prompts shared where that is worth it."""
+    prompts = lengths_of(rollouts.prompts.token_ids)
+    sizes = torch.full_like(prompts, rollouts.num_generations)
+    shared, unshared = count_tokens(prompts, rollouts.lengths, sizes)
+    return shared if unshared >= MIN_TOKEN_RATIO * shared else unshared
 
 
 def split_cost(passes: Sequence[PackedPass]) -> int:
@@ -120,12 +158,48 @@ def split_cost(passes: Sequence[PackedPass]) -> int:
     return sum(item.plan.num_repeated_tokens for item in passes)
 
 
-def _with_weights(
-    plan: Plan, rows: Tensor, advantages: Tensor, completion_weights: Tensor, device: torch.device,
-    dtype: torch.dtype,
-) -> PackedPass:  # fmt: skip
+class _Tokens(NamedTuple):
+    """Every token of every completion, where a pass takes its values from."""
+
+    starts: Tensor  # (B,) int64: the first token of each completion
+    ends: list[int]  # B: tokens of each completion up to the last one to train
+    advantages: Tensor  # (B,)
+    weights: Tensor
+    rollout_logps: Tensor | None
+    drops_some: bool  # those of weight 0
+
+
+def _tokens_of(
+    rollouts: Rollouts, advantages: Tensor, weights: Tensor | Sequence[Tensor]
+) -> _Tokens:
+    lengths, sampled = rollouts.lengths, rollouts.rollout_logps
+    ends, drops_some = lengths.tolist(), False
+    if isinstance(weights, Tensor):
+        weights = weights.repeat_interleave(lengths)
+    else:
+        places = [row.nonzero()[:, 0].tolist() for row in weights]
+        ends, drops_some = [max(row, default=-1) + 1 for row in places], True
+        weights = torch.cat(list(weights))
+    return _Tokens(
+        starts=lengths.cumsum(0) - lengths,
+        ends=ends,
+        advantages=advantages,
+        weights=weights,
+        rollout_logps=None if sampled is None else torch.cat(sampled),
+        drops_some=drops_some,
+    )
+
+
+def _with_values(
+    plan: Plan, rows: Tensor, tokens: _Tokens, device: torch.device, dtype: torch.dtype
+) -> PackedPass:
     """The pass of a plan whose completions are `rows` of the rollouts."""
-    row_of_token = rows[plan.completion_index]
+    places = ranges(tokens.starts[rows], torch.tensor(plan.completion_lengths))
+    if tokens.drops_some:
+        kept = tokens.weights[places] != 0
+        plan, places = plan.keep_tokens(kept), places[kept]
+    owners = rows[plan.completion_index]
+    sampled = tokens.rollout_logps
     plan = plan.to(device)
     batch = Batch(
         input_ids=plan.input_ids,
@@ -133,9 +207,10 @@ def _with_weights(
         segments=plan.segments,
         source_index=plan.source_index,
         target_ids=plan.target_ids,
-        completion_index=row_of_token.to(device),
-        advantages=advantages[row_of_token].to(device, dtype),
-        token_weights=completion_weights[row_of_token].to(device, dtype),
+        completion_index=owners.to(device),
+        advantages=tokens.advantages[owners].to(device, dtype),
+        token_weights=tokens.weights[places].to(device, dtype),
+        rollout_logps=None if sampled is None else sampled[places].to(device),
     )
     return PackedPass(plan, batch)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrl.packing.kept_tokens import keep_tokens
 from fastrl.packing.shared_tokens import DistinctRows, distinct_rows
 from fastrl_kernels.segments import Segments
 
@@ -95,6 +96,17 @@ class Plan:
         and leave every completion its own advantage, ratio and clip.
         """
         return distinct_rows(self.source_index, self.target_ids)
+
+    def keep_tokens(self, kept: Tensor, *, trim: bool = False) -> Plan:
+        """The plan with fewer trained tokens: those that `kept` (S,) bool says, at least one.
+
+        The gradient is that of the whole plan with weight 0 on the others, which have no row at
+        the head any more. The packed row stays as it is, so hidden states of the whole plan serve
+        the kept tokens too. trim: what no kept token depends on leaves the row, in forests of any
+        depth: what follows the last kept token of a completion, completions without kept tokens
+        and prompts without completions. Waits for the device.
+        """
+        return keep_tokens(self, kept, trim=trim)
 
     def to(self, device: torch.device) -> Plan:
         """The same plan with its tensors on `device`."""

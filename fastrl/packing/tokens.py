@@ -1,6 +1,6 @@
 """Token vectors on their way into a plan: checks, ragged ranges, and which tokens are trained.
 
-Legend: B sequences of T tokens in all, S trained tokens.
+Legend: B sequences of T tokens in all, M segments, S trained tokens.
 """
 
 from __future__ import annotations
@@ -72,6 +72,19 @@ def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     total = int(ends[-1]) if len(ends) else 0
     shifts = (starts - (ends - lengths)).repeat_interleave(lengths, output_size=total)
     return shifts.add_(torch.arange(total))
+
+
+def needed_segments(has_trained: Tensor, jumps: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(M,) bool each: whether a segment or one below it has trained tokens; whether one below has.
+
+    jumps: as `climb` gives them; what is known of a segment goes up 1, 2, 4 ... steps.
+    """
+    is_needed = pad(has_trained, (0, 1))
+    for jump in jumps:
+        is_needed[jump[is_needed]] = True
+    has_children = torch.zeros_like(is_needed)
+    has_children[jumps[0][:-1][is_needed[:-1]]] = True
+    return is_needed[:-1], has_children[:-1]
 
 
 def lengths_of(vectors: Sequence[Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from fastrl.packing.tokens import (
     check_token_ids,
     flat_mask,
     lengths_of,
+    needed_segments,
     ranges,
     trained_tokens,
 )
@@ -86,7 +87,7 @@ def pack_segments(
     depths = path_lengths(lengths, jumps) - lengths
     mask = flat_mask(trained, token_ids, lengths, depths == 0, name="segment")
     tokens = trained_tokens(mask, lengths)
-    is_needed, has_children = _needed_segments(tokens.counts > 0, jumps)
+    is_needed, has_children = needed_segments(tokens.counts > 0, jumps)
     order = torch.tensor(depth_first(parents, range(len(parents))))
     kept = order[is_needed[order]]
     number = torch.full((len(parents) + 1,), -1).index_copy_(0, kept, torch.arange(len(kept)))
@@ -128,19 +129,6 @@ def _on_paths(
     shifts = segments.starts[run] - segments.depths[run]
     counts = tokens.num_before[first + segments.lengths[run]] - tokens.num_before[first]
     return shifts.repeat_interleave(counts, output_size=len(tokens.offsets)) + tokens.offsets - 1
-
-
-def _needed_segments(has_trained: Tensor, jumps: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(M,) bool each: whether a segment or one below it has trained tokens; whether one below has.
-
-    jumps: as `climb` gives them; what is known of a segment goes up 1, 2, 4 ... steps.
-    """
-    is_needed = pad(has_trained, (0, 1))
-    for jump in jumps:
-        is_needed[jump[is_needed]] = True
-    has_children = torch.zeros_like(is_needed)
-    has_children[jumps[0][:-1][is_needed[:-1]]] = True
-    return is_needed[:-1], has_children[:-1]
 
 
 def _tokens_before(starts: Tensor, lengths: Tensor, jumps: list[Tensor]) -> Tensor:

@@ -56,7 +56,7 @@ class GenerateEngine:
         drawn, logps = sequences[:, input_ids.shape[1] :].cpu(), sampler.logps.cpu()
         if not torch.isfinite(logps).all():
             raise NotFiniteError("the model's logits are not finite; lower the learning rate")
-        return _trimmed(prompts, drawn, logps, self.policy.eos_token_ids)
+        return _trimmed(prompts, drawn, logps, sampler.entropies.cpu(), self.policy.eos_token_ids)
 
     def _num_columns(self) -> int:
         """Columns of the logits that are tokens; the rest is padding and must never be drawn."""
@@ -64,31 +64,45 @@ class GenerateEngine:
 
 
 class _Sampler(LogitsProcessor):
-    """Draws the next token itself, from its own generator, and records its log-probability."""
+    """Draws the next token itself, from its own generator, and records what it drew from.
+
+    Log-probabilities and entropies are of softmax(logits / temperature), before any truncation.
+    """
 
     def __init__(self, sampling: Sampling, generator: torch.Generator, num_columns: int) -> None:
         self.sampling = sampling
         self.generator = generator
         self.num_columns = num_columns
-        self._columns: list[Tensor] = []
+        self._logps: list[Tensor] = []
+        self._entropies: list[Tensor] = []
 
     @property
     def logps(self) -> Tensor:
         """(B, C) fp32, one column per generated position."""
-        return torch.stack(self._columns, dim=1)
+        return torch.stack(self._logps, dim=1)
+
+    @property
+    def entropies(self) -> Tensor:
+        """(B, C) fp32."""
+        return torch.stack(self._entropies, dim=1)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores[:, : self.num_columns].float()
         logps = torch.log_softmax(logits / (self.sampling.temperature or 1.0), dim=-1)  # (B, V)
-        tokens = self._draw(logps)
-        self._columns.append(logps.gather(1, tokens[:, None])[:, 0])
+        probabilities = logps.exp()
+        tokens = self._draw(logps, probabilities)
+        self._logps.append(logps.gather(1, tokens[:, None])[:, 0])
+        finite = logps.clamp_(min=torch.finfo(logps.dtype).min)  # 0 * -inf would be NaN
+        self._entropies.append(-torch.linalg.vecdot(probabilities, finite))
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
-    def _draw(self, logps: Tensor) -> Tensor:
-        """(B,) tokens from softmax(logps) after truncation."""
+    def _draw(self, logps: Tensor, probabilities: Tensor) -> Tensor:
+        """(B,) tokens from the probabilities after truncation."""
         if self.sampling.temperature == 0.0:
             return logps.argmax(dim=-1)
-        probabilities = truncate(logps, self.sampling).exp()
+        kept = truncate(logps, self.sampling)
+        if kept is not logps:
+            probabilities = kept.exp()
         # argmax(p / Exponential(1)) is a draw from p (the exponential race of Gumbel-max sampling).
         noise = torch.empty_like(probabilities).exponential_(generator=self.generator)
         return (probabilities / noise).argmax(dim=-1)
@@ -126,14 +140,21 @@ def _left_padded(
     return input_ids[repeat], attention_mask[repeat]
 
 
-def _trimmed(prompts: Prompts, drawn: Tensor, logps: Tensor, eos_token_ids: list[int]) -> Rollouts:
+def _trimmed(
+    prompts: Prompts, drawn: Tensor, logps: Tensor, entropies: Tensor, eos_token_ids: list[int]
+) -> Rollouts:
     """Cut every row after its first end-of-sequence token; a row without one was truncated."""
     is_end = torch.isin(drawn, torch.tensor(eos_token_ids))
     finished = is_end.any(dim=1)
     lengths = torch.where(finished, is_end.int().argmax(dim=1) + 1, drawn.shape[1]).tolist()
+
+    def cut(table: Tensor) -> tuple[Tensor, ...]:
+        return tuple(row[:n].clone() for row, n in zip(table, lengths, strict=True))
+
     return Rollouts(
         prompts=prompts,
-        completion_ids=tuple(row[:n].clone() for row, n in zip(drawn, lengths, strict=True)),
-        rollout_logps=tuple(row[:n].clone() for row, n in zip(logps, lengths, strict=True)),
+        completion_ids=cut(drawn),
+        rollout_logps=cut(logps),
         finished=finished,
+        rollout_entropies=cut(entropies),
     )
