@@ -86,6 +86,8 @@ class RolloutConfig:
     """Sample from this many most likely tokens; 0 is all of them."""
     min_p: Fraction = 0.0
     """Drop tokens less likely than this fraction of the most likely one."""
+    max_sampling_rounds: Count = 10
+    """With dynamic sampling: how often prompts are sampled at most before a step is trained."""
     engine: str = "generate"
     """What samples: generate (transformers, one batch)."""
 
@@ -114,8 +116,12 @@ class ObjectiveConfig:
     """A loss of pairs or groups of completions in place of advantage and surrogate."""
     pairing: str | None = None
     """Which completions of a prompt a loss of pairs compares, see `fastrl methods`."""
-    parameters: dict[str, float] = field(default_factory=dict)
-    """Hyper-parameters of the choices by name, or by axis.name where the name is not unique."""
+    scores_from: Literal["auto", "sampler", "policy"] = "auto"
+    """Whose entropies pick tokens: those the sampler recorded, which drops tokens before they are
+    packed, or those of a forward pass of the policy; auto takes the first where they are equal."""
+    parameters: dict[str, float | str] = field(default_factory=dict)
+    """Hyper-parameters of the choices by name, or by axis.name where the name is not unique.
+    Those of a selection or of token weights may follow a schedule, such as "linear 0.2 1"."""
     epsilon_low: Fraction | None = None
     """How far below 1 the ratio may fall before its gradient stops."""
     epsilon_high: NonNegative | None = None
@@ -128,6 +134,14 @@ class ObjectiveConfig:
     """Optimizer steps on the same completions."""
     mask_truncated_completions: bool | None = None
     """Leave out completions that the length limit cut."""
+    advantage_after_selection: bool | None = None
+    """Form advantages from the kept completions alone, rather than from all of a prompt."""
+    denominator: Literal["kept", "masked"] | None = None
+    """Average over the tokens that token_weights keeps, or over all that are not masked."""
+    dynamic_sampling: bool | None = None
+    """Sample other prompts for those that the selection leaves out, until the step is full."""
+    max_pass_rate: Annotated[float, Range(0, 1, open_low=True)] | None = None
+    """Never ask a prompt again once so many of its completions, of all so far, have passed."""
 
 
 @dataclass(frozen=True)

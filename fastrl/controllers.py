@@ -1,4 +1,4 @@
-"""Coefficients and scales that follow what training measures, and schedules.
+"""Coefficients and scales that follow what training measures.
 
 Each controller holds its state between steps; state_dict() is what a checkpoint has to keep.
 """
@@ -175,13 +175,6 @@ class RunningRewards:
         self.count = state["count"]
         self.mean = state["mean"]
         self.squared_deviations = state["squared_deviations"]
-
-
-def interpolate(start: float, end: float, progress: float) -> float:
-    """Value of a hyper-parameter that moves linearly from start to end; progress in [0, 1]."""
-    if not 0 <= progress <= 1:
-        raise ValueError(f"expected the progress of training in [0, 1], got {progress}")
-    return (1 - progress) * start + progress * end
 
 
 def _check_finite(name: str, value: float) -> None:

@@ -10,7 +10,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fastrl.methods import Method
+from fastrl.config import ObjectiveConfig
+from fastrl.methods import Method, resolve_method
 from fastrl.methods.coefficients import (
     Coefficients,
     coefficients,
@@ -19,6 +20,14 @@ from fastrl.methods.estimates import estimated, rows_to_train
 from fastrl.methods.inputs import StepInputs
 from fastrl.methods.needs import estimates_from_tokens
 from fastrl_kernels.objectives import TokenLosses, evaluate
+
+SIZES = {"dapo": {"cache": 4.0}}
+"""Numbers of methods that are published for completions of thousands of tokens."""
+
+
+def small_method(name: str) -> Method:
+    """A method with numbers that suit completions of few tokens."""
+    return resolve_method(name, ObjectiveConfig(parameters=SIZES.get(name, {})))
 
 
 def step_inputs(
@@ -68,6 +77,7 @@ def step_inputs(
         entropies=(3 * uniform(len(index))).to(dtype),
         sum_p2=sum_p2,
         sum_p3=sum_p2.square(),
+        squared_hidden_norms=(100 * uniform(len(index))).to(dtype),
     )
 
 

@@ -5,6 +5,8 @@ or `entropy_coef`; or a hyper-parameter of one of its choices. The loss of CLASS
 a step; NEEDS_MORE has a loss of ours and something around it.
 """
 
+from fastrl.schedules import Schedule
+
 CLASS_A = """
 reinforce rloo reinforce_pp reinforce_pp_baseline ppo_dualclip gpg opo otb trpo_penalty
 grpo dr_grpo lite_ppo cispo bnpo bnpo_beta mapo nft gdpo passk_max
@@ -158,7 +160,8 @@ NUMBERS: dict[str, dict[str, object]] = {
              "max_policy_shift": 1e-4, "max_objective_shift": 0.01, "learning_rate": 1.5e-5},
     "pods": {**GROUP, **CLIP, **SEQUENCE, "selection": "max_variance", "num_kept": 16},
     "d3s": {**CLIP, "selection": "max_variance_advantages", "num_kept": 8,
-            "kept_fraction": 0.25, "token_weights": "advantage_entropy", "fraction": 0.2},
+            "kept_fraction": Schedule("linear", 0.25, 0.5), "token_weights": "advantage_entropy",
+            "fraction": Schedule("linear", 0.2, 1.0)},
     "pf_ppo": {**CLIP, **TOKEN, "selection": "best_and_worst"},
     "pcl": {**SEQUENCE, "advantage": "group_centred", "surrogate": "policy_gradient"},
     "qwenlong": {**GROUP, **CLIP},

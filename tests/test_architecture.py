@@ -24,6 +24,7 @@ PURE = (
     "ragged",
     "reward_shaping",
     "rollout_correction",
+    "schedules",
     "selection",
     "sequence_surrogates",
     "token_weights",
@@ -85,11 +86,15 @@ def test_kernels_need_only_torch_and_triton(module):
 
 @pytest.mark.parametrize("module", sorted(name for name in FASTRL if belongs(name, PURE)))
 def test_pure_stages_know_no_model_and_no_kernel(module):
-    """Of the kernels only the description of segments, which is data; packing attaches lazily."""
+    """Of the kernels only segments, which are data, and the selection of tokens; no products.
+
+    Packing attaches lazily.
+    """
     names = imports(FASTRL[module])
     assert "transformers" not in packages(names)
     kernels = {name for name in names if name.startswith("fastrl_kernels")}
-    assert all(name.startswith("fastrl_kernels.segments") for name in kernels)
+    allowed = ("fastrl_kernels.segments", "fastrl_kernels.token_selection")
+    assert all(name.startswith(allowed) for name in kernels)
     forbidden = {"fastrl.policy", "fastrl.rollout", "fastrl.trainer", "fastrl.loss"}
     assert not names & forbidden
 

@@ -6,13 +6,7 @@ import statistics
 import pytest
 import torch
 
-from fastrl.controllers import (
-    AdaptiveKL,
-    DoublingKL,
-    RunningRewards,
-    TargetEntropy,
-    interpolate,
-)
+from fastrl.controllers import AdaptiveKL, DoublingKL, RunningRewards, TargetEntropy
 
 
 def test_adaptive_kl_moves_at_most_a_fifth_a_horizon():
@@ -110,13 +104,6 @@ def test_state_survives_a_checkpoint():
     assert (
         float(others[3].std) == float(rewards.std) == pytest.approx(statistics.stdev([1, 2, 4, 7]))
     )
-
-
-def test_interpolation_is_linear():
-    values = [interpolate(1.0, 0.25, progress) for progress in (0.0, 0.5, 1.0)]
-    assert values == [1.0, 0.625, 0.25]
-    with pytest.raises(ValueError, match="progress"):
-        interpolate(1.0, 0.0, 1.5)
 
 
 def test_bad_settings_and_measurements_are_refused():

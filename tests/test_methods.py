@@ -31,7 +31,7 @@ from fastrl.methods.inputs import KNOWN
 from fastrl.methods.needs import requirements
 from fastrl.methods.rules import correct_tokens
 from fastrl_kernels.objectives import SURROGATES, Objective, clipped_ratio, evaluate
-from tests.helpers_methods import loss_of, step_inputs
+from tests.helpers_methods import loss_of, small_method, step_inputs
 from tests.published_methods import CLASS_A, NEEDS_MORE, NUMBERS
 
 TRAINABLE = [name for name, method in METHODS.items() if not method.missing]
@@ -124,7 +124,7 @@ def test_defaults_are_for_functions_that_exist():
         ("grpo", {"selection": "nonzero"}, "did you mean 'nonzero_std'?"),
         ("grpo", {"loss": "dop"}, "did you mean 'dpo'?"),
         ("grpo", {"regulariser": "k4", "beta": 0.1}, "unknown objective.regulariser 'k4'"),
-        ("dapo", {}, "also needs dynamic sampling"),
+        ("scalerl", {}, "also needs asynchronous rollouts"),
         ("ppo", {}, "also needs a critic"),
         ("grpo", {"advantage": "generalized_advantages"}, "needs values, which takes a critic"),
         ("grpo", {"regulariser": "k2"}, "no effect with beta 0"),
@@ -193,7 +193,7 @@ def steps(draw, *, pairs_only: bool):
 
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_losses_and_slopes_are_finite_whatever_the_step(name):
-    method = METHODS[name]
+    method = small_method(name)
 
     @settings(max_examples=10, deadline=None, derandomize=True, database=None)
     @given(steps(pairs_only=name == "p3o"))
@@ -224,7 +224,7 @@ def only_compares(method: Method) -> bool:
 @pytest.mark.parametrize("name", [name for name in TRAINABLE if only_compares(METHODS[name])])
 def test_equal_rewards_move_nothing(name):
     inputs = step_inputs([4, 4], [3, 1, 2], equal_rewards=True)
-    _, found, losses = loss_of(METHODS[name], inputs)
+    _, found, losses = loss_of(small_method(name), inputs)
     assert (found.token_weights * losses.slopes).abs().max() < 1e-12
 
 

@@ -155,14 +155,34 @@ def test_keeping_all_keeps_everything():
 def test_max_variance_advantages_in_groups_and_then_in_the_batch():
     advantages = [0.1, -0.2, 0.3, -0.4, 3.0, -2.0, 1.0, 0.0, 9.0]
     lengths = torch.tensor([2, 1, 1, 2, 1, 1, 1, 1, 0])  # the last has no tokens
-    tokens = torch.tensor(advantages).repeat_interleave(lengths)
+    values = torch.tensor(advantages, dtype=torch.float64)
     groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1])
-    in_groups = max_variance_advantages(tokens, groups, lengths, num_kept=2, kept_fraction=1.0)
+    in_groups = max_variance_advantages(values, groups, lengths, num_kept=2, kept_fraction=1.0)
     assert in_groups.nonzero().flatten().tolist() == [2, 3, 4, 5]
-    in_batch = max_variance_advantages(tokens, groups, lengths, num_kept=2, kept_fraction=0.25)
+    in_batch = max_variance_advantages(values, groups, lengths, num_kept=2, kept_fraction=0.25)
     assert in_batch.nonzero().flatten().tolist() == [4, 5]  # 2 of 8
     with pytest.raises(ValueError, match="kept_fraction"):
-        max_variance_advantages(tokens, groups, lengths, kept_fraction=0.0)
+        max_variance_advantages(values, groups, lengths, kept_fraction=0.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_max_variance_advantages_agrees_with_all_subsets(seed):
+    """Both levels by trying every subset, on ragged groups with completions of no tokens."""
+    numbers = generator(seed)
+    groups = torch.randint(0, 3, (14,), generator=numbers)
+    lengths = torch.randint(0, 4, (14,), generator=numbers)
+    values = torch.randn(14, generator=numbers, dtype=torch.float64)
+    kept = max_variance_advantages(values, groups, lengths, num_kept=3, kept_fraction=0.4)
+    counted = [b for b in range(14) if lengths[b]]
+    union: list[int] = []
+    for group in set(groups.tolist()):
+        members = [b for b in counted if groups[b] == group]
+        subsets = itertools.combinations(members, min(3, len(members)))
+        union += max(subsets, key=lambda s: statistics.pvariance(values[list(s)].tolist() or [0]))
+    size = min(max(1, int(0.4 * len(counted) + 1e-9)), len(union))
+    subsets = itertools.combinations(sorted(union), size)
+    best_of_batch = max(subsets, key=lambda s: statistics.pvariance(values[list(s)].tolist()))
+    assert kept.nonzero().flatten().tolist() == sorted(best_of_batch)
 
 
 def test_best_of_each_group():
@@ -206,9 +226,10 @@ def test_multiple_of_counts_completions_with_tokens():
 def test_bad_completions_that_the_policy_left_behind_are_dropped():
     lengths = torch.tensor([2, 2, 0, 1, 1, 1])
     index = torch.tensor([0, 0, 1, 1, 3, 4, 5])
+    # One advantage a completion; an empty one has none.
     rollout = torch.full((7,), -1.0, dtype=torch.float64)
     logps = torch.tensor([-2.0, -1.1, -2.0, -1.1, -1.5, -math.inf, -3.0], dtype=torch.float64)
-    advantages = torch.tensor([-1.0, -1.0, 1.0, 1.0, -1.0, -1.0, 0.0], dtype=torch.float64)
+    advantages = torch.tensor([-1.0, 1.0, 0.0, -1.0, -1.0, 0.0], dtype=torch.float64)
     rule = SELECTIONS["off_policy_sequence_mask"]
     kept = rule(advantages, logps, rollout, index, lengths)
     # 0: mean 0.55, bad; 1: the same but good; 2: empty; 3: exactly 0.5; 4: infinite; 5: neutral
@@ -239,9 +260,9 @@ def test_explorability_is_advantage_times_entropy_without_noise():
 
 
 RESAMPLING_SHARES = {
-    "power": [4 / 9, 4 / 9, 1 / 9, 0],
-    "extremes": [1 / 2, 1 / 2, 0, 0],
-    "favouring_best": [0.1 / 0.7, 0.4 / 0.7, 0.1 / 0.7, 0.1 / 0.7],
+    "resampled_by_power": [4 / 9, 4 / 9, 1 / 9, 0],
+    "resampled_extremes": [1 / 2, 1 / 2, 0, 0],
+    "resampled_favouring_best": [0.1 / 0.7, 0.4 / 0.7, 0.1 / 0.7, 0.1 / 0.7],
 }
 
 
@@ -258,7 +279,7 @@ def test_resampling_draws_in_proportion_to_the_weights(name):
 
 
 def test_resampling_of_zeros_takes_all_alike():
-    copies = RESAMPLINGS["power"](torch.zeros(1000), generator())
+    copies = RESAMPLINGS["resampled_by_power"](torch.zeros(1000), generator())
     assert int(copies.sum()) == 1000
     assert int((copies > 0).sum()) > 500
 
@@ -272,7 +293,7 @@ def test_a_batch_without_tokens(name):
         "lengths": torch.zeros(4, dtype=torch.int64),
         "finished": torch.ones(4, dtype=torch.bool),
         "completion_index": torch.zeros(0, dtype=torch.int64),
-        "advantages": torch.zeros(0),
+        "completion_advantages": torch.zeros(4),
         "logps": torch.zeros(0),
         "rollout_logps": torch.zeros(0),
         "generator": generator(),

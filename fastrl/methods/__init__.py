@@ -6,8 +6,9 @@ says; what a published method has beyond its loss and we lack is in the record a
 
 from fastrl.errors import InputError
 from fastrl.methods.axes import AXES
+from fastrl.methods.checks import check_method
 from fastrl.methods.record import Choice, Method, Penalty, use
-from fastrl.methods.resolve import check_method, resolve_method
+from fastrl.methods.resolve import resolve_method
 from fastrl.methods.table import FAMILIES, METHODS
 
 __all__ = [

@@ -9,12 +9,13 @@ from typing import Any
 
 from fastrl.advantages import ADVANTAGES
 from fastrl.aggregation import AGGREGATIONS
+from fastrl.config import Range
 from fastrl.methods.defaults import DEFAULTS
 from fastrl.methods.rules import COMPUTED, TOKEN_RULES
 from fastrl.preferences import LOSSES, PAIRINGS
 from fastrl.reward_shaping import REWARD_SHAPINGS, TOKEN_REWARD_SHAPINGS
 from fastrl.rollout_correction import CORRECTIONS
-from fastrl.selection import SELECTIONS
+from fastrl.selection import RESAMPLINGS, SELECTIONS
 from fastrl.sequence_surrogates import SEQUENCE_SURROGATES
 from fastrl.token_weights import TOKEN_WEIGHTS
 from fastrl_kernels.objectives import REGULARISERS, SURROGATES, Regulariser
@@ -27,7 +28,7 @@ SURROGATE_INPUTS = ("logps", "old_logps", "advantages")
 AXES: dict[str, Mapping[str, Any]] = {
     "reward_shaping": ChainMap(REWARD_SHAPINGS, TOKEN_REWARD_SHAPINGS),
     "advantage": ADVANTAGES,
-    "selection": SELECTIONS,
+    "selection": ChainMap(RESAMPLINGS, SELECTIONS),
     "token_weights": TOKEN_WEIGHTS,
     "surrogate": ChainMap(SURROGATES, SEQUENCE_SURROGATES),
     "computed": COMPUTED,
@@ -77,6 +78,17 @@ def is_whole(axis: str, name: str, key: str) -> bool:
     function = chosen.function if axis == "loss" else chosen
     found = inspect.signature(function).parameters.get(key)
     return found is not None and found.annotation in (int, "int")
+
+
+LIMITS = {
+    "fraction": Range(0, 1, open_low=True),
+    "kept_fraction": Range(0, 1, open_low=True),
+    "num_kept": Range(1),
+    "multiple": Range(1),
+}
+"""The values of hyper-parameters that say how much is kept, wherever one has that name."""
+SCHEDULED = ("selection", "token_weights")
+"""Axes whose hyper-parameters may follow a schedule."""
 
 
 def first_line(axis: str, name: str) -> str:

@@ -45,15 +45,23 @@ class Coefficients(NamedTuple):
 
 def completion_weights(method: Method, inputs: StepInputs) -> Tensor:
     """(B,) weight of every token of a completion; 0 where it is left out."""
-    weights: Tensor = apply("aggregation", method.aggregation, inputs)
-    return torch.where(inputs.lengths > 0, weights, 0)
+    if inputs.copies is None:
+        weights: Tensor = apply("aggregation", method.aggregation, inputs)
+        return torch.where(inputs.lengths > 0, weights, 0)
+    # A completion that counts k times weighs as much as k completions, each of them averaged over.
+    rows = torch.arange(len(inputs.lengths)).repeat_interleave(inputs.copies)
+    repeated = dataclasses.replace(
+        inputs, lengths=inputs.lengths[rows], groups=inputs.groups[rows], copies=None
+    )
+    weights = completion_weights(method, repeated)
+    return torch.zeros(len(inputs.lengths), dtype=weights.dtype).index_add(0, rows, weights)
 
 
 def coefficients(method: Method, inputs: StepInputs) -> Coefficients:
     """What the loss needs of each token; `inputs` has the advantages of all of them."""
     if method.loss is not None:
         return _of_preferences(method, inputs)
-    weights = _token_weights(method, inputs)
+    weights = token_weights(method, inputs)
     correction = None
     if method.rollout_correction is not None:
         correction = apply("rollout_correction", method.rollout_correction, inputs)
@@ -78,11 +86,15 @@ def token_objective(method: Method) -> Objective:
     return Objective(SURROGATES[method.surrogate.name], values, penalties)
 
 
-def _token_weights(method: Method, inputs: StepInputs) -> Tensor:
+def token_weights(method: Method, inputs: StepInputs) -> Tensor:
+    """(S,) weight of every token in the loss, its share in the average included."""
     if method.token_weights is None:
         return completion_weights(method, inputs)[inputs.tokens]
     factors: Tensor = apply("token_weights", method.token_weights, _with_clipped(method, inputs))
-    if method.token_weights.name in LEAVES_DENOMINATOR:
+    leaves = method.token_weights.name in LEAVES_DENOMINATOR
+    if method.denominator is not None:
+        leaves = method.denominator == "kept"
+    if leaves:
         lengths = kept_lengths(factors, inputs.tokens, inputs.lengths)
         inputs = dataclasses.replace(inputs, lengths=lengths * (inputs.lengths > 0))
     return factors * completion_weights(method, inputs)[inputs.tokens]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import textwrap
-from typing import Any
 
 from fastrl.config import ObjectiveConfig
 from fastrl.errors import InputError, nearest
 from fastrl.methods.axes import AXES, first_line, hyper_parameters_of
-from fastrl.methods.record import Choice, Method
+from fastrl.methods.record import Choice, Method, number
 from fastrl.methods.table import FAMILIES, METHODS
 from fastrl.preferences import LOSSES
 
@@ -98,11 +97,6 @@ def with_numbers(axis: str, choice: Choice, method: Method) -> str:
     return f"{choice.name}({', '.join(texts)})" if texts else choice.name
 
 
-def number(value: Any) -> str:
-    """A hyper-parameter as one writes it."""
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
-
-
 def pairing_of(method: Method) -> str:
     """Name of the rule that makes the pairs; empty where there are none."""
     if method.pairing is not None:
@@ -142,6 +136,10 @@ def besides(method: Method) -> dict[str, str]:
         "controllers": "; ".join(map(str, method.controllers)),
         "old policy": "the sampler's log-probabilities" if method.ratio_to_sampler else "",
         "cut completions": "left out" if method.mask_truncated_completions else "",
+        "advantages": "of the kept completions alone" if method.advantage_after_selection else "",
+        "denominator": f"{method.denominator} tokens" if method.denominator else "",
+        "dynamic sampling": "other prompts for those left out" if method.dynamic_sampling else "",
+        "solved prompts": f"left at {method.max_pass_rate:g}" if method.max_pass_rate else "",
     }
     return {key: text for key, text in found.items() if text}
 

@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from fastrl.methods.axes import AXES, first_line, hyper_parameters_of
-from fastrl.methods.describe import LEGEND, besides, in_effect, number, with_numbers
-from fastrl.methods.record import Method
+from fastrl.methods.describe import LEGEND, besides, in_effect, with_numbers
+from fastrl.methods.record import Method, number
 from fastrl.methods.table import FAMILIES
 
 OPENING = """# Methods

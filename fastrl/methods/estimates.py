@@ -18,6 +18,7 @@ from fastrl.methods.needs import (
     selects_before_tokens,
 )
 from fastrl.methods.record import Method
+from fastrl.ragged import counts, number_of
 from fastrl.reward_shaping import TOKEN_REWARD_SHAPINGS
 from fastrl.selection import first_of_completion, with_gradient
 
@@ -55,9 +56,9 @@ def estimated(method: Method, inputs: StepInputs) -> StepInputs:
             return inputs
         return dataclasses.replace(inputs, advantages=token_advantages(method, inputs))
     if method.loss is None:
-        inputs = dataclasses.replace(inputs, advantages=token_advantages(method, inputs))
-        first = first_of_completion(inputs.advantages, inputs.lengths)
-        inputs = dataclasses.replace(inputs, completion_advantages=first)
+        advantages = token_advantages(method, inputs)
+        first = first_of_completion(advantages, inputs.lengths)
+        inputs = dataclasses.replace(inputs, advantages=advantages, completion_advantages=first)
     return selected(method, inputs)
 
 
@@ -81,6 +82,15 @@ def selected(method: Method, inputs: StepInputs) -> StepInputs:
     kept = apply("selection", method.selection, inputs)
     copies = None if kept.dtype == torch.bool else kept
     return dataclasses.replace(inputs, lengths=inputs.lengths * (kept > 0), copies=copies)
+
+
+def kept_prompts(method: Method, inputs: StepInputs) -> Tensor:
+    """(P,) bool: prompts to train on; all but those that dynamic sampling replaces."""
+    num_prompts = number_of(inputs.groups)
+    if not method.dynamic_sampling:
+        return torch.ones(num_prompts, dtype=torch.bool)
+    counted = selected(method, shaped(method, inputs)).lengths > 0
+    return counts(inputs.groups[counted], num_prompts) > 0
 
 
 def advantages_of(method: Method, inputs: StepInputs) -> Tensor:

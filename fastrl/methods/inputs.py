@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastrl.errors import InputError
-from fastrl.methods.axes import AXES, inputs_of
+from fastrl.methods.axes import AXES, inputs_of, is_whole
 from fastrl.methods.record import Choice
+from fastrl.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class StepInputs:
     entropies: Tensor | None = None
     sum_p2: Tensor | None = None
     sum_p3: Tensor | None = None
+    squared_hidden_norms: Tensor | None = None  # of hidden states as the logits are linear in them
     token_rewards: Tensor | None = None
     advantages: Tensor | None = None
     clipped: Tensor | None = None  # bool
@@ -51,7 +53,16 @@ class StepInputs:
 
 
 STATISTICS = frozenset(
-    {"completion_index", "logps", "old_logps", "entropies", "sum_p2", "sum_p3", "clipped"}
+    {
+        "completion_index",
+        "logps",
+        "old_logps",
+        "entropies",
+        "sum_p2",
+        "sum_p3",
+        "clipped",
+        "squared_hidden_norms",
+    }
 )
 """Inputs that only a forward pass of the policy over all tokens of the step gives."""
 PER_TOKEN = STATISTICS | {"ref_logps", "rollout_logps", "token_rewards"}
@@ -97,4 +108,16 @@ def apply(axis: str, choice: Choice, inputs: StepInputs) -> Any:
         if value is None:
             raise InputError(f"{axis} {choice.name} needs {name}, which this step does not have")
         values.append(value)
-    return function(*values, **choice.parameters)
+    parameters = {
+        key: _now(axis, choice.name, key, value, inputs.progress)
+        for key, value in choice.parameters.items()
+    }
+    return function(*values, **parameters)
+
+
+def _now(axis: str, name: str, key: str, value: Any, progress: Tensor) -> Any:
+    """A hyper-parameter at this point of training."""
+    if not isinstance(value, Schedule):
+        return value
+    number = value.at(float(progress))
+    return round(number) if is_whole(axis, name, key) else number

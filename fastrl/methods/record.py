@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A function of an axis by name, with the hyper-parameters that differ from its own."""
+    """A function of an axis by name, with the hyper-parameters that differ from its own.
+
+    Those of a selection or of token weights may be a `fastrl.schedules.Schedule`.
+    """
 
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        given = ", ".join(f"{name}={value:g}" for name, value in self.parameters.items())
+        given = ", ".join(f"{name}={number(value)}" for name, value in self.parameters.items())
         return f"{self.name}({given})" if given else self.name
+
+
+def number(value: Any) -> str:
+    """A hyper-parameter as one writes it; a schedule is its words."""
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def use(name: str, **parameters: Any) -> Choice:
@@ -68,6 +76,13 @@ class Method:
     mask_truncated_completions: bool = False
     advantage_after_selection: bool = False
     """Advantages are of the completions that are kept, among themselves."""
+    denominator: Literal["kept", "masked"] | None = None
+    """Whether tokens of weight 0 count in averages; by default as published, see
+    `fastrl.token_weights.LEAVES_DENOMINATOR`."""
+    dynamic_sampling: bool = False
+    """Prompts of which the selection keeps nothing are replaced by others before the update."""
+    max_pass_rate: float | None = None
+    """A prompt that passed so often, of all its completions so far, is never asked again."""
     settings: str = ""
     """Published settings outside of the loss: generations, batch, learning rate."""
     missing: str = ""

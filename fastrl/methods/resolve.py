@@ -1,22 +1,19 @@
-"""A method by name, with axes and hyper-parameters replaced; contradictions are refused."""
+"""A method by name, with axes and hyper-parameters replaced."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from fastrl.advantages import NEEDS_GROUPS, PER_TOKEN
 from fastrl.config import ObjectiveConfig
 from fastrl.errors import InputError, nearest
 from fastrl.methods.adaptation import Adaptation
 from fastrl.methods.axes import AXES, hyper_parameters_of, is_whole
-from fastrl.methods.inputs import check_inputs
+from fastrl.methods.checks import check_method
 from fastrl.methods.record import Choice, Method, Penalty
 from fastrl.methods.table import METHODS
-from fastrl.preferences import LOSSES
-from fastrl.sequence_surrogates import SEQUENCE_SURROGATES
+from fastrl.schedules import read_schedule
 
 OVERRIDES = (
     "reward_shaping", "advantage", "selection", "token_weights", "surrogate", "aggregation",
@@ -25,10 +22,13 @@ OVERRIDES = (
 OF_TOKENS = ("advantage", "token_weights", "surrogate", "rollout_correction")
 """Axes that a loss of pairs or groups takes the place of."""
 OPTIONAL = ("reward_shaping", "selection", "token_weights", "rollout_correction")
+FIELDS = (
+    "entropy_coef", "mask_truncated_completions", "advantage_after_selection", "denominator",
+    "dynamic_sampling", "max_pass_rate",
+)  # fmt: skip
+"""What a method has beside its choices and is overridden as it stands."""
 NOTHING = "none"
 """The override that takes a method's choice on an optional axis away."""
-PER_TOKEN_SURROGATES = ("geometric_token_ratio",)
-"""Surrogates of sequences that take an advantage for each token."""
 
 
 def resolve_method(name: str, overrides: ObjectiveConfig) -> Method:
@@ -48,67 +48,12 @@ def resolve_method(name: str, overrides: ObjectiveConfig) -> Method:
         if value is not None:
             method = _with_bound(method, bound, value)
     method = _with_parameters(method, overrides.parameters)
-    entropy_coef = overrides.entropy_coef
-    if entropy_coef is not None:
-        method = dataclasses.replace(method, entropy_coef=entropy_coef)
-    if overrides.mask_truncated_completions is not None:
-        masks = overrides.mask_truncated_completions
-        method = dataclasses.replace(method, mask_truncated_completions=masks)
+    given = {name: getattr(overrides, name) for name in FIELDS}
+    changes = {name: value for name, value in given.items() if value is not None}
+    method = dataclasses.replace(method, **changes) if changes else method
     check_method(method)
     Adaptation(method)
     return method
-
-
-def check_method(method: Method) -> None:
-    """Raise InputError for a record that no step can train: a name, a number or an input amiss."""
-    for axis, choice in method.choices.items():
-        _check_choice(axis, choice)
-        check_inputs(axis, choice, method.name)
-    for penalty in method.penalties:
-        _check_choice("regulariser", penalty.regulariser)
-        if penalty.tokens is not None:
-            _check_choice("tokens", penalty.tokens)
-    if method.pairing is not None:
-        _check_pairing(method)
-    if method.ratio_to_sampler and method.rollout_correction is not None:
-        raise InputError(
-            f"method {method.name!r} takes its ratios to the sampler's policy already; "
-            f"rollout_correction {method.rollout_correction} would count them twice, remove it"
-        )
-    if method.loss is not None:
-        return
-    name = method.surrogate.name
-    known = hyper_parameters_of("surrogate", name)
-    given = {**method.surrogate.parameters, **(_computed(method) if method.computed else {})}
-    unset = [
-        key for key, value in known.items() if value is inspect.Parameter.empty and key not in given
-    ]
-    if unset:
-        raise InputError(
-            f"surrogate {name} needs {', '.join(unset)}; set objective.parameters.{unset[0]}"
-        )
-    by_sequence = name in SEQUENCE_SURROGATES and name not in PER_TOKEN_SURROGATES
-    if by_sequence and method.advantage.name in PER_TOKEN:
-        raise InputError(
-            f"surrogate {name} takes one advantage for a completion, but {method.advantage.name} "
-            "gives one for each token; use geometric_token_ratio or another advantage"
-        )
-
-
-def check_generations(method: Method, num_generations: int) -> None:
-    """Raise InputError where a method compares completions of a prompt and there is one of each."""
-    if num_generations >= 2:
-        return
-    compares = method.loss is None and method.advantage.name in NEEDS_GROUPS
-    if method.loss is not None:
-        compares = "groups" in LOSSES[method.loss.name].inputs
-        compares = compares or LOSSES[method.loss.name].level != "group"
-    if compares:
-        what = f"loss {method.loss}" if method.loss else f"advantage {method.advantage}"
-        raise InputError(
-            f"rollout.num_generations must be at least 2 for method {method.name!r} ({what}), "
-            f"got {num_generations}; raise it or use reinforce"
-        )
 
 
 def _with_axes(method: Method, overrides: ObjectiveConfig) -> Method:
@@ -196,56 +141,27 @@ def _with_parameters(method: Method, parameters: Mapping[str, Any]) -> Method:
                 f"{', '.join(known) or 'none'}"
             )
         (owner, choice), *_ = owners.items()
-        if is_whole(owner, choice.name, name):
-            if value != int(value):
-                raise InputError(f"objective.parameters: {key} must be a whole number, got {value}")
+        value = _read_parameter(key, value)
+        whole = is_whole(owner, choice.name, name)
+        if whole and isinstance(value, float) and value.is_integer():
             value = int(value)
         changed = Choice(choice.name, {**choice.parameters, name: value})
         method = _with_choice(method, owner, changed)
     return method
 
 
+def _read_parameter(key: str, value: Any) -> Any:
+    """A number as it is, a schedule from its words."""
+    if isinstance(value, str):
+        try:
+            return read_schedule(value)
+        except InputError as error:
+            raise InputError(f"objective.parameters: {key}: {error}") from error
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"objective.parameters: {key} must be a number, got {value!r}")
+    return value
+
+
 def _with_choice(method: Method, axis: str, choice: Choice | None) -> Method:
     changes: dict[str, Any] = {axis: choice}
     return dataclasses.replace(method, **changes)
-
-
-def _check_choice(axis: str, choice: Choice) -> None:
-    if choice.name not in AXES[axis]:
-        raise InputError(
-            f"unknown {axis} {choice.name!r}; {nearest(choice.name, list(AXES[axis]))}"
-        )
-    known = hyper_parameters_of(axis, choice.name)
-    for name in choice.parameters:
-        if name not in known:
-            raise InputError(
-                f"{axis} {choice.name} has no hyper-parameter {name!r}; it has "
-                f"{', '.join(known) or 'none'}"
-            )
-    if axis == "surrogate":
-        return
-    unset = [
-        name
-        for name, value in known.items()
-        if value is inspect.Parameter.empty and name not in choice.parameters
-    ]
-    if unset:
-        raise InputError(
-            f"{axis} {choice.name} needs {', '.join(unset)}; set objective.parameters.{unset[0]}"
-        )
-
-
-def _check_pairing(method: Method) -> None:
-    if method.pairing not in AXES["pairing"]:
-        hint = nearest(str(method.pairing), list(AXES["pairing"]))
-        raise InputError(f"unknown objective.pairing {method.pairing!r}; {hint}")
-    if method.loss is None or LOSSES[method.loss.name].level == "group":
-        what = f"loss {method.loss}" if method.loss else f"surrogate {method.surrogate}"
-        raise InputError(f"objective.pairing has no effect on {what}; remove it")
-
-
-def _computed(method: Method) -> dict[str, None]:
-    """Names that the rule gives: those of the surrogate's hyper-parameters without a number."""
-    assert method.computed is not None
-    known = hyper_parameters_of("surrogate", method.surrogate.name)
-    return dict.fromkeys(name for name in known if name not in method.surrogate.parameters)

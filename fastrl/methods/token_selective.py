@@ -1,6 +1,7 @@
 """Which tokens, completions and prompts are trained on."""
 
 from fastrl.methods.record import Method, Penalty, use
+from fastrl.schedules import Schedule
 
 CLIPPED = "-min(rho A, clip(rho, 0.8, 1.2) A)"
 CLIPPED_HIGHER = "-min(rho A, clip(rho, 0.8, 1.28) A)"
@@ -49,27 +50,26 @@ TOKEN_SELECTIVE = (
         formula=f"{CLIPPED} where a step on the token alone moves policy and objective little",
         advantage=use("group_centred"),
         token_weights=use("curvature"),
-        settings="8 generations, learning rate 1.5e-5, 100 steps",
-        missing="the squared norms of the last hidden states",
+        settings="8 generations, learning rate 1.5e-5, 100 steps; set the learning rate of the "
+        "rule to yours. The step it weighs is plain gradient descent on the output matrix",
     ),
     Method(
         name="pods",
         source="PODS, arXiv:2504.13818",
         formula=f"{CLIPPED} on the 16 of 64 completions of largest reward variance",
         selection=use("max_variance"),
+        advantage_after_selection=True,
         aggregation=use("sequence_mean"),
         settings="64 generations of which 16 are kept",
-        missing="advantages that are formed again from the completions that are kept",
     ),
     Method(
         name="d3s",
         source="D3S, arXiv:2509.22115",
         formula=f"{CLIPPED} on completions of largest advantage variance, tokens of largest |A| H",
-        selection=use("max_variance_advantages"),
-        token_weights=use("advantage_entropy"),
-        settings="8 of 16 generations, a fourth of the batch growing to half or all, a fifth of "
-        "the tokens growing to all",
-        missing="fractions that grow over the training",
+        selection=use("max_variance_advantages", kept_fraction=Schedule("linear", 0.25, 0.5)),
+        token_weights=use("advantage_entropy", fraction=Schedule("linear", 0.2, 1.0)),
+        settings="8 of 16 generations, a fourth of the batch growing to half, a fifth of the "
+        "tokens growing to all",
         unverified="both ends of the fractions",
     ),
     Method(

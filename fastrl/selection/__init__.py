@@ -46,12 +46,16 @@ SELECTIONS: dict[str, Callable[..., Tensor]] = {
     "off_policy_sequence_mask": off_policy_sequence_mask,
 }
 RESAMPLINGS: dict[str, Callable[..., Tensor]] = {
-    "power": resampled_by_power,
-    "extremes": resampled_extremes,
-    "favouring_best": resampled_favouring_best,
+    "resampled_by_power": resampled_by_power,
+    "resampled_extremes": resampled_extremes,
+    "resampled_favouring_best": resampled_favouring_best,
 }
 
+BY_PROMPT = frozenset({"nonzero_std", "pass_window"})
+"""Rules that keep or drop all completions of a prompt, by their rewards alone."""
+
 __all__ = [
+    "BY_PROMPT",
     "RESAMPLINGS",
     "SELECTIONS",
     "counted_lengths",

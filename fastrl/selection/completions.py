@@ -31,7 +31,7 @@ def multiple_of(lengths: Tensor, *, multiple: int) -> Tensor:
 
 
 def off_policy_sequence_mask(
-    advantages: Tensor,
+    completion_advantages: Tensor,
     logps: Tensor,
     rollout_logps: Tensor,
     completion_index: Tensor,
@@ -42,13 +42,12 @@ def off_policy_sequence_mask(
     """(B,) bool: all but bad completions that the policy has left behind (DeepSeek-V3.2,
     arXiv:2512.02556).
 
-    Left out where the advantage, that of the first token, is negative and the mean of
-    rollout_logp - logp over the completion, in nats, is above max_divergence. An infinite
-    difference of a token counts as 20.
+    Left out where the advantage (B,) is negative and the mean of rollout_logp - logp over the
+    completion, in nats, is above max_divergence. An infinite difference of a token counts as 20.
     """
     differences = (rollout_logps - logps).clamp(-20, 20)
     divergences = means(differences, completion_index, lengths.numel())
-    return ~((first_of_completion(advantages, lengths) < 0) & (divergences > max_divergence))
+    return ~((completion_advantages < 0) & (divergences > max_divergence))
 
 
 def explorability(

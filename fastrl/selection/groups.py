@@ -49,13 +49,13 @@ def pass_window(
 def max_variance(rewards: Tensor, groups: Tensor, *, num_kept: int = 16) -> Tensor:
     """The num_kept rewards of each group with the largest variance (PODS, arXiv:2504.13818).
 
-    Published with 64 generations. Advantages are then formed from the kept rewards alone.
+    Published with 64 generations, and advantages that are formed from the kept rewards alone.
     """
     return largest_spread(rewards, groups, _positive(num_kept))
 
 
 def max_variance_advantages(
-    advantages: Tensor,
+    completion_advantages: Tensor,
     groups: Tensor,
     lengths: Tensor,
     *,
@@ -66,14 +66,14 @@ def max_variance_advantages(
 
     Of each group num_kept stay, published with 16 generations; of those, as many as
     `kept_fraction` of all completions with tokens, at least one. Published to grow during
-    training. advantages: (S,), a completion's own being that of its first token; they are not
-    formed again afterwards. Completions without tokens are not kept.
+    training. completion_advantages: (B,), that of the first token where tokens have their own;
+    they are not formed again afterwards. Completions without tokens are not kept.
     """
     if not 0 < kept_fraction <= 1:
         raise ValueError(
             f"expected kept_fraction in (0, 1], got {kept_fraction}; it is a fraction of the batch"
         )
-    values = first_of_completion(advantages, lengths)
+    values = completion_advantages
     candidates = (lengths > 0).nonzero().flatten()
     num_in_batch = max(1, int(kept_fraction * len(candidates) + 1e-9))  # 0.3 * 10 is below 3
     in_group = largest_spread(values[candidates], groups[candidates], _positive(num_kept))

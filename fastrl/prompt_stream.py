@@ -1,0 +1,89 @@
+"""Which prompts come next: the task's order, without those that the policy has solved.
+
+Legend: P prompts, G num_generations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastrl.errors import InputError
+from fastrl.tasks import Task
+from fastrl.tasks.prompt import prompt_key
+from fastrl.types import Example, StepMetrics
+
+MAX_SKIPPED = 2**16
+"""Solved prompts in a row after which there is nothing left to learn."""
+
+
+class PromptStream:
+    """Hands out training examples; holds how far it is and how often each prompt was solved."""
+
+    def __init__(self, task: Task, *, first: int, max_pass_rate: float | None = None) -> None:
+        """first: index of the first example. max_pass_rate: where a prompt leaves; None: never."""
+        self.task = task
+        self.cursor = first
+        self.max_pass_rate = max_pass_rate
+        self.history: dict[str, list[int]] = {}  # prompt -> completions that passed, and all
+
+    def draw(self, num_prompts: int) -> list[Example]:
+        """The next examples of the task whose prompt is not solved."""
+        drawn: list[Example] = []
+        skipped = 0
+        while len(drawn) < num_prompts:
+            example = self.task.train_example(self.cursor)
+            self.cursor += 1
+            if not self.is_solved(example):
+                drawn.append(example)
+                skipped = 0
+                continue
+            skipped += 1
+            if skipped == MAX_SKIPPED:
+                raise InputError(
+                    f"the next {MAX_SKIPPED} prompts have all passed max_pass_rate "
+                    f"{self.max_pass_rate:g}: there is nothing left to learn; stop here, raise it, "
+                    "or train on harder prompts"
+                )
+        return drawn
+
+    def record(self, examples: Sequence[Example], passed: Tensor) -> None:
+        """Count (P, G) bool completions of the examples, if solved prompts leave at all."""
+        if self.max_pass_rate is None:
+            return
+        for example, row in zip(examples, passed.tolist(), strict=True):
+            before = self.history.get(_key(example), [0, 0])
+            self.history[_key(example)] = [before[0] + sum(row), before[1] + len(row)]
+
+    def is_solved(self, example: Example) -> bool:
+        """Whether the prompt passed in so many of its completions so far that it leaves."""
+        if self.max_pass_rate is None or _key(example) not in self.history:
+            return False
+        num_passed, num_sampled = self.history[_key(example)]
+        return num_passed / num_sampled >= self.max_pass_rate
+
+    @property
+    def metrics(self) -> StepMetrics:
+        """How many prompts are not asked again."""
+        rate = self.max_pass_rate
+        if rate is None:
+            return {}
+        solved = sum(passed / sampled >= rate for passed, sampled in self.history.values())
+        return {"prompts/solved": float(solved)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON."""
+        return {"cursor": self.cursor, "history": dict(self.history)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another stream over the same task was."""
+        self.cursor = state["cursor"]
+        self.history = dict(state["history"])
+
+
+def _key(example: Example) -> str:
+    """16 letters that stand for a prompt."""
+    return hashlib.blake2b(prompt_key(example.prompt).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,144 @@
+"""Rounds of sampling: scored completions of as many prompts as a step trains on.
+
+Legend: P prompts, G num_generations, B = P*G completions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl.types import Prompts, Rewards, Rollouts, StepMetrics
+
+
+class Scored(NamedTuple):
+    """Completions with their texts and rewards."""
+
+    rollouts: Rollouts
+    texts: list[str]
+    rewards: Rewards
+
+
+class Sampled(NamedTuple):
+    """All that a step sampled, and the part of it that it trains on."""
+
+    everything: Scored
+    trained: Scored  # everything, where no prompt is worth training on: none of it has a gradient
+    num_rounds: int
+    num_missing: int  # prompts that the step has too few of
+
+    @property
+    def metrics(self) -> StepMetrics:
+        """The cost of dynamic sampling."""
+        return {
+            "dynamic_sampling/rounds": float(self.num_rounds),
+            "dynamic_sampling/sampled_prompts": float(len(self.everything.rollouts.prompts)),
+            "dynamic_sampling/missing_prompts": float(self.num_missing),
+        }
+
+    @property
+    def shortage(self) -> str | None:
+        """What to tell the user where prompts are missing."""
+        if not self.num_missing:
+            return None
+        sampled = len(self.everything.rollouts.prompts)
+        kept = len(self.trained.rollouts.prompts)
+        nothing = self.trained is self.everything
+        found = "no prompt" if nothing else f"{kept} prompts instead of {kept + self.num_missing}"
+        return (
+            f"dynamic sampling: the selection kept {found} of {sampled} sampled in "
+            f"{self.num_rounds} rounds; the step "
+            f"{'is skipped' if nothing else 'trains on those'}. More rounds "
+            "(rollout.max_sampling_rounds) or prompts of medium difficulty help; later steps are "
+            "counted in dynamic_sampling/missing_prompts"
+        )
+
+
+def sample_until_full(
+    sample: Callable[[int, int], Scored], keeps: Callable[[Scored], Tensor], *, num_prompts: int,
+    max_rounds: int,
+) -> Sampled:  # fmt: skip
+    """Sample until num_prompts prompts are kept, in at most max_rounds rounds.
+
+    sample: of a number of prompts and the round, from 0. keeps: (P,) bool, the prompts of a round
+    that are trained on. A round asks for as many prompts as will do if as many are kept as so far,
+    but at most num_prompts; those over are not trained on.
+    """
+    rounds: list[Scored] = []
+    kept: list[bool] = []
+    num_next = num_prompts
+    while True:
+        rounds.append(sample(num_next, len(rounds)))
+        kept += keeps(rounds[-1]).tolist()
+        num_missing = num_prompts - sum(kept)
+        if num_missing <= 0 or len(rounds) == max_rounds:
+            break
+        rate = max(sum(kept), 1) / len(kept)
+        num_next = min(num_prompts, math.ceil(num_missing / rate))
+    everything = joined(rounds)
+    chosen = [p for p, is_kept in enumerate(kept) if is_kept][:num_prompts]
+    trained = everything
+    if 0 < len(chosen) < len(kept):
+        trained = of_prompts(everything, chosen)
+    return Sampled(everything, trained, len(rounds), max(num_missing, 0))
+
+
+def joined(parts: Sequence[Scored]) -> Scored:
+    """Several rounds as one, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    rollouts = [part.rollouts for part in parts]
+    rewards = [part.rewards for part in parts]
+    return Scored(
+        Rollouts(
+            prompts=Prompts(
+                tuple(chain.from_iterable(item.prompts.token_ids for item in rollouts)),
+                tuple(chain.from_iterable(item.prompts.examples for item in rollouts)),
+            ),
+            completion_ids=tuple(chain.from_iterable(item.completion_ids for item in rollouts)),
+            rollout_logps=_side_by_side(item.rollout_logps for item in rollouts),
+            finished=torch.cat([item.finished for item in rollouts]),
+            rollout_entropies=_side_by_side(item.rollout_entropies for item in rollouts),
+        ),
+        list(chain.from_iterable(part.texts for part in parts)),
+        Rewards(
+            torch.cat([item.total for item in rewards]),
+            {name: torch.cat([item.parts[name] for item in rewards]) for name in rewards[0].parts},
+        ),
+    )
+
+
+def of_prompts(scored: Scored, chosen: Sequence[int]) -> Scored:
+    """Some of the prompts with all their completions, in the order of the list."""
+    rollouts, rewards = scored.rollouts, scored.rewards
+    G = rollouts.num_generations
+    rows = [p * G + g for p in chosen for g in range(G)]
+
+    def of_rows(values: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+        return None if values is None else tuple(values[row] for row in rows)
+
+    return Scored(
+        Rollouts(
+            prompts=Prompts(
+                tuple(rollouts.prompts.token_ids[p] for p in chosen),
+                tuple(rollouts.prompts.examples[p] for p in chosen),
+            ),
+            completion_ids=tuple(rollouts.completion_ids[row] for row in rows),
+            rollout_logps=of_rows(rollouts.rollout_logps),
+            finished=rollouts.finished[rows],
+            rollout_entropies=of_rows(rollouts.rollout_entropies),
+        ),
+        [scored.texts[row] for row in rows],
+        Rewards(rewards.total[rows], {name: part[rows] for name, part in rewards.parts.items()}),
+    )
+
+
+def _side_by_side(values: Iterable[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:
+    """One tuple of all; None where the engine recorded none."""
+    found = [value for value in values if value is not None]
+    return tuple(chain.from_iterable(found)) if found else None
