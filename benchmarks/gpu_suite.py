@@ -1,4 +1,4 @@
-"""Everything worth knowing about the head and a group's attention on one GPU, within nine minutes.
+"""Everything worth knowing about head, attention and selection on one GPU, within nine minutes.
 
 python benchmarks/gpu_suite.py [--json PATH] [--seconds 530] [--tiny]
 

@@ -1,7 +1,7 @@
 """The cases of gpu_suite.py in the order of their value, and who takes part in which.
 
 S selected tokens, D hidden, V vocabulary; of a group's attention P prompt tokens, R completion
-tokens, G completions.
+tokens, G completions; of a selection B sequences of C tokens.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import attention_cases
 import cases
 import logits_cases
+import selection_cases
 import torch
 from attention_cases import AttentionCase, Group
 from cases import Case, Prepared
 from implementations import LOGPS, MIN_MEMORY, POLICY, fastrl_variants, policy_loaders
 from inputs import Shape
+from selection_cases import SelectionCase, Tokens
 
 STABLE = (POLICY, LOGPS, "naive", "trl")  # the rest of the peers run in a process of their own
 
@@ -25,7 +27,7 @@ STABLE = (POLICY, LOGPS, "naive", "trl")  # the rest of the peers run in a proce
 class SuiteCase:
     """A case, the group of implementations in it, and after how long its process is killed."""
 
-    case: Case | AttentionCase
+    case: Case | AttentionCase | SelectionCase
     group: str
     limit_seconds: float
 
@@ -43,6 +45,8 @@ def suite_cases(tiny: bool) -> list[SuiteCase]:
         Shape(num_tokens, vocab_size, size, torch.bfloat16, device) for size in sizes
     )
     logits = Shape(num_tokens // 2, vocab_size, 0, torch.bfloat16, device)
+    selections = ((1, 4096), (16, 257)) if tiny else ((1, 2**20), (1024, 1024))
+    all_tokens, sequences = (Tokens(*size, device) for size in selections)
     heads = (4, 2, 16) if tiny else (16, 8, 128)
     groups = [(24, 8, 2)] * 3 if tiny else [(512, 512, 8), (2048, 512, 16), (8192, 1024, 8)]
     short, long, longest = (Group(*group, *heads, torch.bfloat16, device) for group in groups)
@@ -57,6 +61,7 @@ def suite_cases(tiny: bool) -> list[SuiteCase]:
         SuiteCase(AttentionCase("attention", longest), "attention", 60),
         SuiteCase(AttentionCase("attention", short), "attention", 45),
         SuiteCase(AttentionCase("attention_forward", long), "attention", 45),
+        SuiteCase(SelectionCase(all_tokens), "selection", 30),
         SuiteCase(Case("selected_logps", logits), "logits", 45),
         SuiteCase(Case("selected_forward", logits), "logits", 45),
         SuiteCase(Case("linear_logps", medium), "all", 60),
@@ -64,6 +69,7 @@ def suite_cases(tiny: bool) -> list[SuiteCase]:
         SuiteCase(Case("policy_loss", large), "peers", 90),
         SuiteCase(Case("policy_loss", large, 0.2), "engines", 60),
         SuiteCase(Case("forward", small), "all", 60),
+        SuiteCase(SelectionCase(sequences), "selection", 30),
         SuiteCase(Case("linear_logps", large), "all", 60),
         SuiteCase(Case("policy_loss", small), "peers", 90),
     ]
@@ -92,4 +98,5 @@ GROUPS: dict[str, Callable[..., Prepared]] = {
     "all": cases.prepare,
     "logits": logits_cases.prepare,
     "attention": attention_cases.prepare,
+    "selection": selection_cases.prepare,
 }

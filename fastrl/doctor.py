@@ -23,7 +23,7 @@ EXTRAS = (
     "peft", "bitsandbytes", "torchao", "flash-attn", "liger-kernel", "vllm", "ray", "trl", "wandb",
 )  # fmt: skip
 REQUIRED = ("torch", "triton", "transformers", "reasoning-gym", "math-verify")
-KERNELS = ("policy_loss", "linear_logps", "selected_logps", "token_loss")
+KERNELS = ("policy_loss", "linear_logps", "selected_logps", "token_loss", "select_tokens")
 
 # A prompt of 512 tokens with 16 completions of 512, as attention of a usual model sees them.
 GROUP: dict[str, Any] = {

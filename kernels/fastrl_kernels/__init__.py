@@ -9,6 +9,7 @@ from fastrl_kernels.segment_attention import segment_attention
 from fastrl_kernels.segments import Segments, make_segments
 from fastrl_kernels.selected_logps import selected_logps
 from fastrl_kernels.token_loss import TokenLoss, token_loss
+from fastrl_kernels.token_selection import select_tokens
 
 __all__ = [
     "FusedLinearLogps",
@@ -24,6 +25,7 @@ __all__ = [
     "make_segments",
     "policy_loss",
     "segment_attention",
+    "select_tokens",
     "selected_logps",
     "token_loss",
 ]

@@ -19,6 +19,7 @@ from fastrl_kernels import (
     make_segments,
     policy_loss,
     segment_attention,
+    select_tokens,
     selected_logps,
     token_loss,
 )
@@ -28,6 +29,7 @@ from fastrl_kernels.segment_attention import flash, segment_attention_reference
 from fastrl_kernels.segment_attention.varlen import segment_attention_varlen
 from fastrl_kernels.selected_logps import selected_logps_reference
 from fastrl_kernels.token_loss import token_loss_reference
+from fastrl_kernels.token_selection import select_tokens_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -322,3 +324,59 @@ def test_segment_attention_says_when_it_runs_without_its_kernels() -> None:
     tensors, segments = attention_inputs(torch.float32, 256)
     with pytest.warns(UserWarning, match="segment attention runs as flex: the kernels take"):
         segment_attention(*tensors, segments)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("has_ties", [False, True])
+@pytest.mark.parametrize("sequences", [1, 64, 4099])
+def test_select_tokens_keeps_the_same_as_a_sort(
+    dtype: torch.dtype, has_ties: bool, sequences: int
+) -> None:
+    """A million tokens and three; some scores infinite, a third not allowed."""
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = 2**20 + 3
+    scores = torch.randn(num_tokens, generator=generator)
+    scores = (scores.round() if has_ties else scores).to(dtype)
+    scores[::1009], scores[5::2003] = torch.inf, -torch.inf
+    mask = torch.rand(num_tokens, generator=generator) < 2 / 3
+    cuts = torch.randint(num_tokens + 1, (sequences - 1,), generator=generator).sort().values
+    ends = torch.tensor([0, *cuts.tolist(), num_tokens])
+    for amount in ({"ratio": 0.2}, {"budget": 100}):
+        for allowed in (None, mask):
+            settings = {**amount, "per": "sequence", "lengths": ends.diff()}
+            expected = select_tokens_reference(scores, allowed, **settings)
+            on_gpu = None if allowed is None else allowed.cuda()
+            settings["lengths"] = ends.diff().cuda()
+            for implementation in ("triton", "torch"):
+                kept = select_tokens(
+                    scores.cuda(), on_gpu, **settings, implementation=implementation
+                )
+                assert torch.equal(kept.cpu(), expected)
+
+
+def test_select_tokens_waits_for_nothing_and_a_graph_captures_it() -> None:
+    scores = torch.randn(100_003, device="cuda")
+    lengths = torch.tensor([40_000, 0, 60_003], device="cuda")
+
+    def step() -> list[Tensor]:
+        settings = {"per": "sequence", "lengths": lengths}
+        return [
+            select_tokens(scores, scores > -1, ratio=0.3),
+            select_tokens(scores, budget=500, **settings),
+            select_tokens(scores.double(), scores > -1, ratio=0.3, **settings),
+        ]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
