@@ -2,8 +2,8 @@
 
 Legend: S trained tokens. Every rule of TOKEN_WEIGHTS returns (S,) weights in the dtype of its
 input, all over the trained tokens of the whole optimizer step; weights of several rules multiply.
-A rule that picks tokens gives 1 to those and 0 to the others, picks at least one and breaks ties by
-index. Entropies and log-probabilities are in nats.
+A rule that picks tokens gives 1 to those and 0 to the others (`random` gives more), picks at least
+one and breaks ties by index. Entropies and log-probabilities are in nats.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrl.ragged import means, number_of, sums
+from fastrl_kernels.token_selection import select_tokens
 
 
 class ClipBounds(NamedTuple):
@@ -31,8 +32,8 @@ def high_entropy(entropies: Tensor, *, fraction: float = 0.2) -> Tensor:
     least as large.
     """
     _check_fraction(fraction)
-    num_kept = 1 + int(fraction * (entropies.numel() - 1) + 1e-9)
-    return _largest(entropies, num_kept).to(entropies.dtype)
+    num_kept = 1 + int(fraction * max(0, entropies.numel() - 1) + 1e-9)
+    return select_tokens(entropies, budget=num_kept).to(entropies.dtype)
 
 
 def advantage_entropy(advantages: Tensor, entropies: Tensor, *, fraction: float = 0.2) -> Tensor:
@@ -43,7 +44,22 @@ def advantage_entropy(advantages: Tensor, entropies: Tensor, *, fraction: float 
     """
     _check_fraction(fraction)
     scores = advantages.abs() * entropies
-    return _largest(scores, _share(scores, fraction)).to(scores.dtype)
+    return select_tokens(scores, ratio=fraction).to(scores.dtype)
+
+
+def random(advantages: Tensor, generator: torch.Generator, *, fraction: float = 0.5) -> Tensor:
+    """S / K for K tokens drawn by chance: the gradient is that of all tokens on average.
+
+    K is a share `fraction` of the S tokens, at least one. Each is drawn with probability K / S,
+    whose inverse makes every sum over tokens right on average (Horvitz and Thompson 1952). Of
+    `advantages` only their number matters.
+    """
+    _check_fraction(fraction)
+    num_tokens = advantages.numel()
+    num_drawn = _share(num_tokens, fraction)
+    drawn = torch.randperm(num_tokens, generator=generator, device=generator.device)[:num_drawn]
+    weights = torch.zeros_like(advantages)
+    return weights.index_fill(0, drawn.to(weights.device), num_tokens / num_drawn)
 
 
 def clip_covariance(
@@ -66,8 +82,9 @@ def clip_covariance(
     covariances = _covariances(logps, advantages)
     candidates = (covariances > lowest) & (covariances < highest) & ~clipped
     draws = torch.rand(logps.numel(), generator=generator, device=generator.device)
-    drawn = _largest(torch.where(candidates, draws.to(logps.device), -1), _share(logps, fraction))
-    return 1 - (drawn & candidates).to(logps.dtype)
+    num_drawn = _share(logps.numel(), fraction)
+    drawn = select_tokens(draws.to(logps.device), candidates, budget=num_drawn)
+    return 1 - drawn.to(logps.dtype)
 
 
 def curvature(
@@ -147,6 +164,7 @@ def entropy_redistribution(
 TOKEN_WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "high_entropy": high_entropy,
     "advantage_entropy": advantage_entropy,
+    "random": random,
     "clip_covariance": clip_covariance,
     "curvature": curvature,
     "failure_rates": failure_rates,
@@ -172,7 +190,7 @@ def covariance_top(logps: Tensor, advantages: Tensor, *, fraction: float = 2e-3)
     """
     _check_fraction(fraction)
     covariances = _covariances(logps, advantages)
-    return _largest(covariances, _share(logps, fraction)).to(covariances.dtype)
+    return select_tokens(covariances, ratio=fraction).to(covariances.dtype)
 
 
 def relative_entropies(entropies: Tensor, *, quantile: float = 0.8) -> Tensor:
@@ -222,16 +240,9 @@ def _scaled_to_one(values: Tensor) -> Tensor:
     return values / torch.where(largest > 0, largest, 1)
 
 
-def _share(values: Tensor, fraction: float) -> int:
+def _share(num_tokens: int, fraction: float) -> int:
     """Whole tokens in a fraction of all, at least one."""
-    return max(1, int(fraction * values.numel() + 1e-9))
-
-
-def _largest(scores: Tensor, num_kept: int) -> Tensor:
-    """(S,) bool: the num_kept largest scores, ties to the lower index."""
-    order = torch.argsort(scores, descending=True, stable=True)
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    return kept.index_fill(0, order[:num_kept], True)
+    return max(1, int(fraction * num_tokens + 1e-9))
 
 
 def _check_fraction(fraction: float) -> None:

@@ -1,6 +1,8 @@
 """Token weights and clip bounds against their formulae in Python floats."""
 
+import collections
 import inspect
+import itertools
 import math
 
 import pytest
@@ -18,6 +20,7 @@ from fastrl.token_weights import (
     high_entropy,
     kept_lengths,
     probability_power,
+    random,
     relative_entropies,
 )
 
@@ -66,7 +69,8 @@ def test_weights_keep_the_dtype_and_the_inputs(name, dtype):
     weights = weights_of(name, data)
     assert weights.shape == (NUM_TOKENS,)
     assert weights.dtype == dtype
-    assert ((weights >= 0) & (weights <= 2)).all()
+    largest = 101 / 50 if name == "random" else 2
+    assert ((weights >= 0) & (weights <= largest)).all()
     assert all(torch.equal(data[key], value) for key, value in before.items())
 
 
@@ -104,6 +108,30 @@ def test_advantage_entropy_keeps_the_largest_products():
     assert advantage_entropy(data["advantages"], data["entropies"], fraction=1.0).all()
     ties = advantage_entropy(torch.zeros(10), torch.ones(10), fraction=0.3)
     assert ties.tolist() == [1.0] * 3 + [0.0] * 7
+
+
+def test_random_tokens_stand_for_all():
+    """Every pair of five tokens is as likely, and over the pairs the mean weight is exactly 1."""
+    numbers, num_draws = generator(), 4000
+    advantages = torch.zeros(5, dtype=torch.float64)
+    counts = collections.Counter(
+        tuple(random(advantages, numbers, fraction=0.4).tolist()) for _ in range(num_draws)
+    )
+    pairs = {
+        tuple(2.5 if token in pair else 0.0 for token in range(5))
+        for pair in itertools.combinations(range(5), 2)
+    }
+    assert counts.keys() == pairs
+    assert [sum(column) / len(pairs) for column in zip(*pairs, strict=True)] == [1.0] * 5
+    deviation = math.sqrt(num_draws * 0.1 * 0.9)
+    assert max(abs(count - num_draws / 10) for count in counts.values()) < 5 * deviation
+
+
+def test_random_draws_whole_tokens_and_weighs_by_their_true_share():
+    for num_tokens, fraction, num_drawn in ((7, 0.3, 2), (10, 0.7, 7), (3, 0.01, 1), (9, 1.0, 9)):
+        weights = random(torch.ones(num_tokens), generator(), fraction=fraction)
+        assert int((weights != 0).sum()) == num_drawn
+        assert torch.equal(weights[weights != 0], torch.full((num_drawn,), num_tokens / num_drawn))
 
 
 def covariances(data):
