@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastrl_kernels import LMHead, implementation, policy_loss
+from fastrl_kernels import LMHead, implementation, policy_loss, select_tokens
 from fastrl_kernels.objectives import Objective, Regulariser, clipped_ratio, k3
 
 pytest.importorskip("triton")
@@ -44,8 +44,8 @@ def summary(result: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[str]]:
-    """What Triton would build for a call of policy_loss on a GPU, from the launches it makes."""
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What Triton would build on a GPU for the launches made since; the kernels do not run."""
     jit = pytest.importorskip("triton.runtime.jit")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
@@ -63,8 +63,17 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[str]]:
             if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int32:
                 tensor.zero_()
 
+    monkeypatch.setattr(implementation, "interprets_triton", lambda: True)
+    monkeypatch.setattr(jit.JITFunction, "run", record)
+    return found
+
+
+@pytest.fixture
+def launches(built: list[str]) -> Callable[..., set[str]]:
+    """What Triton would build for a call of policy_loss."""
+
     def run(num_tokens: int, engine: str, **settings: Any) -> set[str]:
-        found.clear()
+        built.clear()
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(num_tokens, 19, generator=generator, requires_grad=True)
         weight = torch.randn(203, 19, generator=generator, requires_grad=True)
@@ -75,10 +84,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[str]]:
             old_logps=per_token, ref_logps=per_token, engine=engine, **settings,
             implementation="triton",
         ).loss.backward()  # fmt: skip
-        return set(found)
+        return set(built)
 
-    monkeypatch.setattr(implementation, "interprets_triton", lambda: True)
-    monkeypatch.setattr(jit.JITFunction, "run", record)
     return run
 
 
@@ -101,3 +108,20 @@ def test_no_number_builds_another_kernel(
     )  # fmt: skip
     assert len(built) >= 2
     assert others == built
+
+
+@pytest.mark.parametrize(
+    "amounts", [[{"ratio": 0.5}, {"ratio": 1.0}], [{"budget": 1}, {"budget": 16}]]
+)
+def test_no_number_builds_another_selection(
+    built: list[str], amounts: list[dict[str, float]]
+) -> None:
+    for num_tokens in (1, 16, 70_001):
+        scores, lengths = torch.rand(num_tokens), torch.tensor([num_tokens, 0, 0])
+        for amount in amounts:
+            select_tokens(scores, **amount, implementation="triton")
+            select_tokens(
+                scores, **amount, per="sequence", lengths=lengths, implementation="triton"
+            )
+    assert len(built) == 3 * 2 * 2 * 5
+    assert len(set(built)) == 2  # one counts, one keeps

@@ -31,7 +31,7 @@ def load_ordered(scores_ptr, mask_ptr, token, inside, HAS_MASK: tl.constexpr):
     score = tl.load(scores_ptr + token, inside, 0.0).to(tl.float32)
     bits = score.to(tl.uint32, bitcast=True)
     bits = tl.where(bits == 0x80000000, 0, bits).to(tl.uint32)  # -0 equals 0
-    key = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    key = bits ^ tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
     key = tl.where(score != score, 0xFFFFFFFF, key).to(tl.uint32)
     counted = inside
     if HAS_MASK:
