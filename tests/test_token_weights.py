@@ -1,6 +1,7 @@
 """Token weights and clip bounds against their formulae in Python floats."""
 
 import collections
+import dataclasses
 import inspect
 import itertools
 import math
@@ -8,6 +9,9 @@ import math
 import pytest
 import torch
 
+from fastrl.config import ObjectiveConfig
+from fastrl.methods import resolve_method
+from fastrl.methods.coefficients import token_weights
 from fastrl.token_weights import (
     TOKEN_WEIGHTS,
     advantage_entropy,
@@ -23,6 +27,7 @@ from fastrl.token_weights import (
     random,
     relative_entropies,
 )
+from tests.helpers_methods import step_inputs
 
 NUM_TOKENS = 101
 REQUIRED = {"probability_power": {"power": 0.5}}
@@ -125,6 +130,19 @@ def test_random_tokens_stand_for_all():
     assert [sum(column) / len(pairs) for column in zip(*pairs, strict=True)] == [1.0] * 5
     deviation = math.sqrt(num_draws * 0.1 * 0.9)
     assert max(abs(count - num_draws / 10) for count in counts.values()) < 5 * deviation
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+def test_weights_of_random_tokens_are_those_of_all_on_average(aggregation):
+    """Exactly, over all pairs of five tokens: dropped ones stay in the denominators."""
+    inputs = dataclasses.replace(step_inputs([2], [2, 3]), advantages=torch.ones(5).double())
+    choices = {"aggregation": aggregation, "parameters": {"fraction": 0.4}}
+    sampled = resolve_method("grpo", ObjectiveConfig(token_weights="random", **choices))
+    found = {tuple(token_weights(sampled, inputs).tolist()) for _ in range(200)}
+    assert len(found) == 10
+    mean = torch.tensor(list(found), dtype=torch.float64).mean(0)
+    expected = token_weights(dataclasses.replace(sampled, token_weights=None), inputs)
+    torch.testing.assert_close(mean, expected, rtol=1e-14, atol=0)
 
 
 def test_random_draws_whole_tokens_and_weighs_by_their_true_share():
