@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from fastrl.config import Config
+from fastrl.down_sampling import check_scores
 from fastrl.errors import InputError
-from fastrl.methods.resolve import check_generations, resolve_method
+from fastrl.methods.checks import check_generations, check_sizes
+from fastrl.methods.resolve import resolve_method
 from fastrl.packing import pack
 from fastrl.policy import Policy, load_policy, new_policy
 from fastrl.rewards import check_rewards, load_rewards
@@ -24,6 +26,13 @@ def build_trainer(config: Config, directory: Path | None = None) -> Trainer:
     """Task, rewards, policy and method of a config; the policy from `directory` if one is given."""
     method = resolve_method(config.method, config.objective)
     check_generations(method, config.rollout.num_generations)
+    check_sizes(
+        method,
+        num_generations=config.rollout.num_generations,
+        max_completion_length=config.rollout.max_completion_length,
+        num_rewards=len(config.rewards),
+    )
+    check_scores(method, config.objective.scores_from)
     longest = config.rollout.max_prompt_length + config.rollout.max_completion_length - 1
     if longest > config.max_tokens_per_pass:
         raise InputError(

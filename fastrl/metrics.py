@@ -46,9 +46,9 @@ class Stopwatch:
         self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """The time since the last lap belongs to `name`."""
+        """The time since the last lap belongs to `name`, beside what it had before."""
         now = time.perf_counter()
-        self.laps[name] = now - self.last
+        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
         self.last = now
 
 
@@ -162,12 +162,12 @@ def speed_metrics(
 
 
 def record_tokens(
-    rollouts: Rollouts, passes: Sequence[PackedPass], losses: Sequence[PolicyLoss],
-    clipped: Sequence[Tensor | None], advantages: Tensor | None,
+    passes: Sequence[PackedPass], losses: Sequence[PolicyLoss], clipped: Sequence[Tensor | None],
+    advantages: Tensor | None,
 ) -> TokenRecord | None:  # fmt: skip
     """The trained tokens of all passes side by side; None if there are none.
 
-    clipped: of each pass, where the loss itself does not know; advantages: (B,) or (S,).
+    clipped: of each pass, where the loss itself does not know; advantages: (S,).
     """
     if not passes:
         return None
@@ -177,18 +177,14 @@ def record_tokens(
         return torch.cat(present).double().cpu() if present else None
 
     batches = [item.batch for item in passes]
-    rows = torch.cat([batch.completion_index.unique_consecutive() for batch in batches]).tolist()
-    sampled = rollouts.rollout_logps
     logps = gather(loss.logps for loss in losses)
-    assert logps is not None
     entropies = gather(loss.entropies for loss in losses)
     old_logps = gather(batch.old_logps for batch in batches)
-    if advantages is not None and advantages.shape != logps.shape:
-        advantages = advantages[torch.cat([batch.completion_index for batch in batches]).cpu()]
     stopped = [
         loss.clipped if known is None else known
         for loss, known in zip(losses, clipped, strict=True)
     ]
+    assert logps is not None
     assert entropies is not None
     assert old_logps is not None
     return TokenRecord(
@@ -197,7 +193,7 @@ def record_tokens(
         entropies=entropies,
         advantages=advantages,
         clipped=torch.cat([item.cpu() for item in stopped]),
-        rollout_logps=None if sampled is None else gather(sampled[row] for row in rows),
+        rollout_logps=gather(batch.rollout_logps for batch in batches),
         ref_logps=gather(batch.ref_logps for batch in batches),
         rollout_weights=gather(batch.rollout_weights for batch in batches),
     )

@@ -6,7 +6,7 @@ Legend: P prompts, G num_generations, B = P*G completions, N packed tokens, S tr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from fastrl.errors import InputError
 from fastrl.methods.coefficients import Coefficients, coefficients, token_objective
 from fastrl.methods.estimates import estimated
 from fastrl.methods.inputs import StepInputs
-from fastrl.methods.needs import estimates_from_tokens, looks_past_tokens
+from fastrl.methods.needs import estimates_from_tokens
 from fastrl.methods.record import Method
 from fastrl.packing import PackedPass
 from fastrl.types import Rewards, Rollouts
@@ -24,12 +24,25 @@ from fastrl_kernels import LinearLogps, PolicyLoss
 from fastrl_kernels.objectives import Parameter, Regulariser
 
 
+class TokenStatistics(NamedTuple):
+    """What a policy thinks of the tokens of a pass, (S,) each."""
+
+    head: LinearLogps
+    squared_hidden_norms: Tensor  # of hidden states as the logits are linear in them
+
+    @property
+    def logps(self) -> Tensor:
+        """Log-probabilities."""
+        return self.head.logps
+
+
 class Prepared(NamedTuple):
     """The passes of one optimizer step with all that the loss needs, and what stands beside it."""
 
     passes: list[PackedPass]
     coefficients: list[Coefficients]  # of each pass
-    loss: Tensor | None  # of the whole step, where that of the passes says nothing of it
+    loss: Tensor | None = None  # of the whole step, where that of the passes says nothing of it
+    kept: Tensor | None = None  # bool: which of all measured tokens the passes have; None for all
 
 
 def start_inputs(
@@ -51,19 +64,18 @@ def start_inputs(
     )
 
 
-def with_sampler_logps(rollouts: Rollouts, passes: Sequence[PackedPass]) -> list[PackedPass]:
+def with_sampler_logps(passes: Sequence[PackedPass]) -> list[PackedPass]:
     """The passes with the sampler's log-probabilities for those of the old policy."""
-    if rollouts.rollout_logps is None:
-        raise InputError(
-            "the method takes its ratios to the sampler's policy, but the sampler gave no "
-            "log-probabilities; choose another rollout.engine"
-        )
     found = []
     for item in passes:
-        batch = item.batch
-        rows = batch.completion_index.unique_consecutive().tolist()
-        logps = torch.cat([rollouts.rollout_logps[row] for row in rows]).to(batch.advantages)
-        found.append(PackedPass(item.plan, dataclasses.replace(batch, old_logps=logps)))
+        logps = item.batch.rollout_logps
+        if logps is None:
+            raise InputError(
+                "the method takes its ratios to the sampler's policy, but the sampler gave no "
+                "log-probabilities; choose another rollout.engine"
+            )
+        batch = dataclasses.replace(item.batch, old_logps=logps.to(item.batch.advantages))
+        found.append(PackedPass(item.plan, batch))
     return found
 
 
@@ -79,9 +91,8 @@ def token_coefficients(method: Method, passes: Sequence[PackedPass]) -> list[Coe
 
 
 def with_tokens(
-    inputs: StepInputs, rollouts: Rollouts, passes: Sequence[PackedPass],
-    statistics: Sequence[LinearLogps],
-) -> StepInputs:  # fmt: skip
+    inputs: StepInputs, passes: Sequence[PackedPass], statistics: Sequence[TokenStatistics]
+) -> StepInputs:
     """The step with one value for each trained token, in float64 on the CPU.
 
     statistics: of the current policy, one for each pass. Without old_logps in the passes the
@@ -93,61 +104,83 @@ def with_tokens(
         return torch.cat(present).double().cpu() if present else None
 
     batches = [item.batch for item in passes]
-    index = torch.cat([batch.completion_index for batch in batches]).cpu()
-    sampled = rollouts.rollout_logps
-    rows = index.unique_consecutive().tolist()
     logps = gather([item.logps for item in statistics])
     old_logps = gather([batch.old_logps for batch in batches])
     return dataclasses.replace(
         inputs,
-        completion_index=index,
+        completion_index=torch.cat([batch.completion_index for batch in batches]).cpu(),
         logps=logps,
         old_logps=logps if old_logps is None else old_logps,
         ref_logps=gather([batch.ref_logps for batch in batches]),
-        rollout_logps=None if sampled is None else gather([sampled[row] for row in rows]),
-        entropies=gather([item.entropies for item in statistics]),
-        sum_p2=gather([item.sum_p2 for item in statistics]),
-        sum_p3=gather([item.sum_p3 for item in statistics]),
+        rollout_logps=gather([batch.rollout_logps for batch in batches]),
+        entropies=gather([item.head.entropies for item in statistics]),
+        sum_p2=gather([item.head.sum_p2 for item in statistics]),
+        sum_p3=gather([item.head.sum_p3 for item in statistics]),
+        squared_hidden_norms=gather([item.squared_hidden_norms for item in statistics]),
     )
 
 
 def prepare(
-    method: Method, rollouts: Rollouts, inputs: StepInputs, passes: Sequence[PackedPass],
-    measure: Callable[[PackedPass], LinearLogps], *, is_first: bool,
+    method: Method, inputs: StepInputs, passes: Sequence[PackedPass],
+    statistics: Sequence[TokenStatistics], *, is_first: bool, trim: bool,
 ) -> tuple[StepInputs, Prepared]:  # fmt: skip
-    """What the loss needs of each token; `measure` runs the current policy where that takes it.
+    """What the loss needs of each token, and the passes with the tokens that have a weight.
 
-    is_first: before the first optimizer step on these completions, when advantages are made.
+    statistics: of the current policy, one for each pass, or none at all where the method looks at
+    single tokens. is_first: before the first optimizer step on these completions, when advantages
+    are made. trim: what only dropped tokens depend on is not encoded, as the layers have yet to
+    run.
     """
-    if not looks_past_tokens(method):
-        return inputs, Prepared(list(passes), token_coefficients(method, passes), None)
+    if not statistics:
+        return inputs, Prepared(list(passes), token_coefficients(method, passes))
     advantages = inputs.advantages
-    inputs = with_tokens(inputs, rollouts, passes, [measure(item) for item in passes])
+    inputs = with_tokens(inputs, passes, statistics)
     if is_first and estimates_from_tokens(method):
         inputs = estimated(method, inputs)
     elif is_first and advantages is not None:
         inputs = dataclasses.replace(inputs, advantages=advantages[inputs.tokens])
-    return inputs, prepared(method, inputs, passes)
+    return inputs, prepared(method, inputs, passes, trim=trim)
 
 
-def prepared(method: Method, inputs: StepInputs, passes: Sequence[PackedPass]) -> Prepared:
-    """Advantages, weights and the objective of every token, given to the passes that hold them."""
+def prepared(
+    method: Method, inputs: StepInputs, passes: Sequence[PackedPass], *, trim: bool
+) -> Prepared:
+    """Advantages, weights and the objective of every token that has a weight, in its pass.
+
+    A weight of 0 takes value, penalties and entropy bonus of a token alike, so its row is dropped;
+    a pass with no other tokens is left out.
+    """
     found = coefficients(method, inputs)
+    is_kept = found.token_weights != 0
     filled, each, start = [], [], 0
     for item in passes:
-        batch = item.batch
-        rows = torch.arange(start, start + len(batch.target_ids))
+        rows = torch.arange(start, start + len(item.batch.target_ids))
         start += len(rows)
-        part = _rows_of(found, rows, like=batch.advantages)
+        kept = is_kept[rows]
+        if not kept.any():
+            continue
+        if not kept.all():
+            item = item.keep_tokens(kept.to(item.plan.target_ids.device), trim=trim)
+            rows = rows[kept]
+        part = _rows_of(found, rows, like=item.batch.advantages)
         batch = dataclasses.replace(
-            batch,
+            item.batch,
             advantages=part.advantages,
             token_weights=part.token_weights,
             rollout_weights=part.rollout_weights,
         )
         filled.append(PackedPass(item.plan, batch))
         each.append(part)
-    return Prepared(filled, each, found.loss)
+    return Prepared(filled, each, found.loss, is_kept)
+
+
+def trained_advantages(inputs: StepInputs, ready: Prepared) -> Tensor | None:
+    """(S,) the advantage of each token of the passes; None where the loss compares completions."""
+    if inputs.advantages is None or not ready.passes:
+        return None
+    if ready.kept is not None:
+        return inputs.advantages[ready.kept]
+    return inputs.advantages[torch.cat([x.batch.completion_index for x in ready.passes]).cpu()]
 
 
 def _rows_of(found: Coefficients, rows: Tensor, *, like: Tensor) -> Coefficients:
@@ -192,11 +225,11 @@ def step_loss(ready: Prepared, losses: Sequence[PolicyLoss]) -> float:
     return total + float(ready.loss)
 
 
-def with_old_logps(passes: Sequence[PackedPass], losses: Sequence[PolicyLoss]) -> list[PackedPass]:
-    """The first iteration's log-probabilities are the old policy's: no extra forward."""
+def with_old_logps(passes: Sequence[PackedPass], logps: Sequence[Tensor]) -> list[PackedPass]:
+    """The passes with the log-probabilities of the first iteration, which are the old policy's."""
     return [
         item
         if item.batch.old_logps is not None
-        else PackedPass(item.plan, dataclasses.replace(item.batch, old_logps=loss.logps))
-        for item, loss in zip(passes, losses, strict=True)
+        else PackedPass(item.plan, dataclasses.replace(item.batch, old_logps=old))
+        for item, old in zip(passes, logps, strict=True)
     ]

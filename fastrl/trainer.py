@@ -16,12 +16,13 @@ from torch import Tensor
 
 from fastrl.activations import head_row_cost
 from fastrl.config import Config
+from fastrl.down_sampling import weigh_tokens
 from fastrl.encoding import decode_completions, encode_prompts, encode_solution
-from fastrl.loss import policy_pass_loss
+from fastrl.loss import NOT_MEASURED, backward, measure, token_statistics
 from fastrl.methods.adaptation import Adaptation
-from fastrl.methods.coefficients import completion_weights
-from fastrl.methods.estimates import rows_to_train
+from fastrl.methods.estimates import kept_prompts, rows_to_train
 from fastrl.methods.inputs import StepInputs
+from fastrl.methods.needs import looks_past_tokens
 from fastrl.methods.record import Method
 from fastrl.metrics import (
     GIB,
@@ -37,21 +38,24 @@ from fastrl.metrics import (
 from fastrl.optim import clip_gradient, make_adamw, scheduled_learning_rate, set_learning_rate
 from fastrl.packing import PackedPass, pack_rollouts
 from fastrl.phases import (
-    Prepared,
     prepare,
     start_inputs,
     step_loss,
+    trained_advantages,
     with_old_logps,
     with_sampler_logps,
 )
 from fastrl.policy import Policy
+from fastrl.prompt_stream import PromptStream
 from fastrl.rewards import Reward, score_completions
 from fastrl.rollout import Sampling, make_engine
+from fastrl.sampler import Sampled, Scored, sample_until_full
+from fastrl.savings import Work, down_sampling_metrics, row_flops, work_of
 from fastrl.seeding import make_generator
 from fastrl.selection import counted_lengths
 from fastrl.tasks import Task
 from fastrl.types import Example, Prompts, Rewards, Rollouts, StepMetrics
-from fastrl_kernels import LinearLogps, PolicyLoss, linear_logps
+from fastrl_kernels import PolicyLoss
 from fastrl_kernels.head import accumulation_dtype
 
 
@@ -60,21 +64,29 @@ class StepOutput:
     """What one step did, for the logs."""
 
     metrics: StepMetrics
-    rollouts: Rollouts
-    texts: list[str]
-    rewards: Rewards
+    sampled: Sampled
+
+
+class Packed(NamedTuple):
+    """A step as passes, and what its method has yet to find out from their tokens."""
+
+    method: Method
+    inputs: StepInputs
+    passes: list[PackedPass]
 
 
 class Update(NamedTuple):
     """What the optimizer did with a step: its last iteration, pass by pass."""
 
     learning_rate: float
-    grad_norm: float
-    passes: tuple[PackedPass, ...]
-    losses: tuple[PolicyLoss, ...]
     inputs: StepInputs
+    grad_norm: float = 0.0
+    passes: tuple[PackedPass, ...] = ()
+    losses: tuple[PolicyLoss, ...] = ()
     loss: float = 0.0
     clipped: tuple[Tensor | None, ...] = ()
+    advantages: Tensor | None = None
+    measured: Work = Work()
 
 
 class Trainer:
@@ -91,6 +103,11 @@ class Trainer:
         self.method = method
         self.adaptation = Adaptation(method)
         self.reference = reference
+        self.stream = PromptStream(
+            task,
+            first=config.warm_start.steps * config.warm_start.batch_size,
+            max_pass_rate=method.max_pass_rate,
+        )
         self.engine = make_engine(config.rollout.engine, policy)
         self.sampling = Sampling(
             num_generations=config.rollout.num_generations,
@@ -105,6 +122,7 @@ class Trainer:
             bf16=policy.bf16,
             is_checkpointed=config.model.gradient_checkpointing,
         )
+        self.row_flops = row_flops(policy.model)
         self.optimizer = make_adamw(
             policy.model,
             learning_rate=config.optim.learning_rate,
@@ -113,28 +131,41 @@ class Trainer:
         )
 
     def train_step(self, step: int) -> StepOutput:
-        """Step `step` (from 0): a function of weights, optimizer state, seed and `step`."""
+        """Step `step` (from 0): a function of weights, optimizer, seed, `step` and the stream."""
         watch = Stopwatch()
-        prompts = self.prompts(step)
-        rollouts = self.rollouts(prompts, step)
+        sampled = self.sample(step, watch)
+        rollouts = sampled.trained.rollouts
+        inputs = self.inputs(rollouts, sampled.trained.rewards, step)
+        update = self.update(self.pack(rollouts, inputs), step)
+        watch.lap("train")
+        metrics = self.metrics(step, sampled, update, watch)
+        num_completions = len(rollouts.completion_ids)
+        self.method = self.adaptation.update(self.method, metrics, num_completions)
+        return StepOutput(metrics, sampled)
+
+    def sample(self, step: int, watch: Stopwatch) -> Sampled:
+        """P prompts with scored completions, others for those that the selection leaves out."""
+        rollout = self.config.rollout
+        return sample_until_full(
+            lambda num, number: self.sample_round(num, step, number, watch),
+            lambda new: kept_prompts(self.method, self.inputs(new.rollouts, new.rewards, step)),
+            num_prompts=self.config.prompts_per_step,
+            max_rounds=rollout.max_sampling_rounds if self.method.dynamic_sampling else 1,
+        )
+
+    def sample_round(self, num_prompts: int, step: int, number: int, watch: Stopwatch) -> Scored:
+        """Round `number` of a step, from 0: the next prompts, G completions of each, rewards."""
+        prompts = self.encode(self.stream.draw(num_prompts))
+        labels = ("rollout", step, number) if number else ("rollout", step)
+        generator = make_generator(self.policy.device, self.config.seed, *labels)
+        rollouts = self.engine.generate(prompts, self.sampling, generator)
         watch.lap("rollout")
         texts = decode_completions(rollouts.completion_ids, self.policy.tokenizer)
         rewards = score_completions(rollouts, texts, self.rewards)
         watch.lap("score")
-        inputs = self.inputs(rollouts, rewards, step)
-        inputs, passes = self.pack(rollouts, inputs)
-        update = self.update(rollouts, inputs, passes, step)
-        watch.lap("train")
-        metrics = self.metrics(step, rollouts, rewards, update, watch)
-        num_completions = len(rollouts.completion_ids)
-        self.method = self.adaptation.update(self.method, metrics, num_completions)
-        return StepOutput(metrics, rollouts, texts, rewards)
-
-    def prompts(self, step: int) -> Prompts:
-        """P prompts; a cursor that is a function of the step, behind those of the warm start."""
-        P = self.config.prompts_per_step
-        first = self.config.warm_start.steps * self.config.warm_start.batch_size + step * P
-        return self.encode([self.task.train_example(first + i) for i in range(P)])
+        passed = rewards.total >= self.config.eval.pass_threshold
+        self.stream.record(prompts.examples, passed.view(len(prompts), -1))
+        return Scored(rollouts, texts, rewards)
 
     def encode(self, examples: Sequence[Example]) -> Prompts:
         """Examples as token ids under the run's limits."""
@@ -150,11 +181,6 @@ class Trainer:
         limit = self.config.rollout.max_completion_length
         return encode_solution(example, self.policy.tokenizer, max_completion_length=limit)
 
-    def rollouts(self, prompts: Prompts, step: int) -> Rollouts:
-        """G completions of every prompt from the current weights."""
-        generator = make_generator(self.policy.device, self.config.seed, "rollout", step)
-        return self.engine.generate(prompts, self.sampling, generator)
-
     def inputs(self, rollouts: Rollouts, rewards: Rewards, step: int) -> StepInputs:
         """What the method may ask for before any token is looked at."""
         lengths = counted_lengths(
@@ -169,83 +195,68 @@ class Trainer:
             generator=make_generator(torch.device("cpu"), self.config.seed, "method", step),
         )
 
-    def pack(self, rollouts: Rollouts, inputs: StepInputs) -> tuple[StepInputs, list[PackedPass]]:
+    def pack(self, rollouts: Rollouts, inputs: StepInputs) -> Packed:
         """The rows that need work as packed passes, with the reference's log-probabilities if any.
 
         Where advantages come before tokens, they are in the passes, and rows whose gradient is
         zero by construction are not; where tokens come first, every counted row is there.
         """
         inputs, advantages, kept = rows_to_train(self.method, inputs)
+        weighted = weigh_tokens(
+            self.method, rollouts, inputs, kept,
+            scores_from=self.config.objective.scores_from, is_exact=not self.policy.bf16,
+        )  # fmt: skip
         passes = pack_rollouts(
             rollouts,
-            kept,
+            weighted.kept,
             advantages,
-            completion_weights(self.method, inputs),
+            weighted.weights,
             max_tokens_per_pass=self.config.max_tokens_per_pass,
             head_row_cost=self.head_row_cost,
             device=self.policy.device,
             dtype=accumulation_dtype(self.policy.lm_head.weight.dtype),
         )
         if self.method.ratio_to_sampler:
-            passes = with_sampler_logps(rollouts, passes)
+            passes = with_sampler_logps(passes)
         if self.reference is not None:
             passes = [self._with_ref_logps(item) for item in passes]
-        return inputs, passes
+        return Packed(weighted.method, inputs, passes)
 
-    def update(
-        self, rollouts: Rollouts, inputs: StepInputs, passes: Sequence[PackedPass], step: int
-    ) -> Update:
-        """`num_iterations` optimizer steps; none if there is no row to learn from."""
+    def update(self, packed: Packed, step: int) -> Update:
+        """`num_iterations` optimizer steps; none where there is no token to learn from."""
         learning_rate = scheduled_learning_rate(self.config.optim, step, self.config.max_steps)
         set_learning_rate(self.optimizer, learning_rate)
-        result = Update(learning_rate, 0.0, tuple(passes), (), inputs)
+        method, inputs, passes = packed
+        result = Update(learning_rate, inputs)
         for iteration in range(self.config.objective.num_iterations if passes else 0):
+            measured = NOT_MEASURED
+            if looks_past_tokens(method):
+                measured = measure(self.policy, passes, self.sampling.temperature)
+            hidden = measured.hidden_states
             inputs, ready = prepare(
-                self.method, rollouts, inputs, passes, self._policy_statistics,
-                is_first=iteration == 0,
+                method, inputs, passes, measured.statistics,
+                is_first=iteration == 0, trim=hidden is None,
             )  # fmt: skip
-            losses = self._backward(ready)
-            passes = with_old_logps(ready.passes, losses)
+            losses = backward(self.policy, ready, self.sampling.temperature, hidden)
+            trained = with_old_logps(ready.passes, [item.logps for item in losses])
             result = Update(
-                learning_rate, self._optimizer_step(), tuple(passes), tuple(losses), inputs,
-                step_loss(ready, losses), tuple(item.clipped for item in ready.coefficients),
+                learning_rate, inputs, self._optimizer_step() if trained else 0.0, tuple(trained),
+                tuple(losses), step_loss(ready, losses),
+                tuple(item.clipped for item in ready.coefficients),
+                trained_advantages(inputs, ready),
+                work_of(passes if measured.statistics else [], runs_layers=hidden is None),
             )  # fmt: skip
+            # Tokens that were dropped have old log-probabilities too: the next iteration may pick
+            # them.
+            old_logps = [item.logps for item in measured.statistics]
+            passes = with_old_logps(passes, old_logps) if old_logps else trained
         return result
-
-    @torch.no_grad()
-    def _statistics(self, policy: Policy, item: PackedPass) -> LinearLogps:
-        """Log-probabilities and entropies of a pass under a policy, without gradient."""
-        return linear_logps(
-            policy.hidden_states(item.plan)[item.plan.source_index],
-            policy.lm_head,
-            item.plan.target_ids,
-            temperature=self.sampling.temperature,
-        )
-
-    def _policy_statistics(self, item: PackedPass) -> LinearLogps:
-        return self._statistics(self.policy, item)
 
     def _with_ref_logps(self, item: PackedPass) -> PackedPass:
         """The pass with log-probabilities under the reference, through the same plan."""
         assert self.reference is not None
-        logps = self._statistics(self.reference, item).logps
+        logps = token_statistics(self.reference, item.plan, self.sampling.temperature).logps
         return PackedPass(item.plan, dataclasses.replace(item.batch, ref_logps=logps))
-
-    def _backward(self, ready: Prepared) -> list[PolicyLoss]:
-        """Accumulate the gradient of the whole step, one pass in memory at a time."""
-        losses = []
-        for item, constants in zip(ready.passes, ready.coefficients, strict=True):
-            loss = policy_pass_loss(
-                self.policy.hidden_states(item.plan),
-                self.policy.lm_head,
-                item.batch,
-                objective=constants.objective,
-                temperature=self.sampling.temperature,
-                entropy_coef=constants.entropy_coef,
-            )
-            loss.loss.backward()
-            losses.append(loss._replace(loss=loss.loss.detach()))
-        return losses
 
     def _optimizer_step(self) -> float:
         """Clip, step and clear the gradient; returns its norm before clipping."""
@@ -255,23 +266,25 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def metrics(
-        self, step: int, rollouts: Rollouts, rewards: Rewards, update: Update, watch: Stopwatch
-    ) -> StepMetrics:
-        """Everything that is logged about the step."""
+    def metrics(self, step: int, sampled: Sampled, update: Update, watch: Stopwatch) -> StepMetrics:
+        """Everything that is logged about the step; rewards and lengths are of all completions."""
+        rollouts, rewards = sampled.everything.rollouts, sampled.everything.rewards
         threshold = self.config.eval.pass_threshold
         return {
             "loss": update.loss,
             "grad_norm": update.grad_norm,
             "learning_rate": update.learning_rate,
+            **(sampled.metrics if self.method.dynamic_sampling else {}),
+            **self.stream.metrics,
             **rollout_metrics(rollouts, rewards, pass_threshold=threshold),
             **token_metrics(
-                record_tokens(
-                    rollouts, update.passes, update.losses, update.clipped, update.inputs.advantages
-                )
+                record_tokens(update.passes, update.losses, update.clipped, update.advantages)
             ),
             **advantage_metrics(update.inputs),
             **packing_metrics(update.passes),
+            **down_sampling_metrics(
+                rollouts, update.passes, update.measured, row_flops=self.row_flops
+            ),
             **speed_metrics(watch, rollouts, update.passes),
             "memory/peak_gib": peak_memory_bytes(self.policy.device) / GIB,
         }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrl.loss import policy_pass_loss
+from fastrl.loss import policy_pass_loss, token_statistics
 from fastrl.methods.axes import hyper_parameters_of
 from fastrl.methods.coefficients import completion_weights
 from fastrl.methods.defaults import DEFAULTS
@@ -20,10 +20,11 @@ from fastrl.methods.needs import LEARN_WITHOUT_ADVANTAGE
 from fastrl.methods.record import Method, Penalty, use
 from fastrl.packing import PackedPass, pack_rollouts
 from fastrl.phases import prepare, start_inputs, step_loss
+from fastrl.policy import Policy
 from fastrl.types import Rewards, Rollouts
-from fastrl_kernels import LinearLogps, LMHead, linear_logps
+from fastrl_kernels import LMHead
 from fastrl_kernels.objectives import SURROGATES, Objective, evaluate
-from tests.helpers import random_rollouts, tiny_model, with_float64_norms
+from tests.helpers import random_rollouts, tiny_model, tiny_policy, with_float64_norms
 
 PROMPTS = [5, 9, 2]
 COMPLETIONS = [[4, 7, 1, 6], [3, 12, 5, 2], [8, 1, 1, 3]]
@@ -79,7 +80,9 @@ def of_model(model, item: PackedPass) -> Tensor:
         return model.model(**item.plan.inputs).last_hidden_state[0]
 
 
-def step(model, method: Method, truth: Truth, budget: int) -> tuple[float, dict[str, Tensor]]:
+def step(
+    model, method: Method, truth: Truth, budget: int, *, trim: bool
+) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one optimizer step the way the trainer makes them."""
     rollouts = rollouts_of_step(truth.rollout)
     inputs = start_inputs(
@@ -98,14 +101,10 @@ def step(model, method: Method, truth: Truth, budget: int) -> tuple[float, dict[
         batch = dataclasses.replace(item.batch, old_logps=old, ref_logps=ref)
         return PackedPass(item.plan, batch)
 
-    @torch.no_grad()
-    def measure(item: PackedPass) -> LinearLogps:
-        hidden, head = of_model(model, item), LMHead.from_model(model)
-        source, targets = item.plan.source_index, item.plan.target_ids
-        return linear_logps(hidden[source], head, targets, temperature=TEMPERATURE)
-
     passes = [with_others(item) for item in passes]
-    _, ready = prepare(method, rollouts, inputs, passes, measure, is_first=True)
+    policy = Policy(model, tiny_policy().tokenizer)
+    statistics = [token_statistics(policy, item.plan, TEMPERATURE) for item in passes]
+    _, ready = prepare(method, inputs, passes, statistics, is_first=True, trim=trim)
     model.zero_grad()
     losses = []
     for item, constants in zip(ready.passes, ready.coefficients, strict=True):
@@ -237,15 +236,15 @@ METHODS: dict[Callable[[Truth], Tensor], Method] = {
 
 
 @pytest.mark.parametrize("transcription", METHODS, ids=lambda function: function.__name__)
-@pytest.mark.parametrize("budget", [1000, 22])
-def test_gradient_is_that_of_the_written_out_loss(transcription, budget):
+@pytest.mark.parametrize(("budget", "trim"), [(1000, False), (1000, True), (22, True)])
+def test_gradient_is_that_of_the_written_out_loss(transcription, budget, trim):
     model = with_float64_norms(tiny_model())
     truth = dense_truth(model)
     expected_loss = transcription(truth)
     model.zero_grad()
     expected_loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    loss, gradients = step(model, METHODS[transcription], truth, budget)
+    loss, gradients = step(model, METHODS[transcription], truth, budget, trim=trim)
     assert loss == pytest.approx(float(expected_loss.detach()), abs=1e-12)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=name)
