@@ -15,6 +15,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 
@@ -35,6 +36,7 @@ class TrainerState:
     train_seconds: float = 0.0
     pass_at_1_before: float | None = None
     controllers: dict[str, dict[str, float]] = field(default_factory=dict)
+    prompts: dict[str, Any] = field(default_factory=dict)  # of the stream; empty before any step
 
     @property
     def directory_name(self) -> str:

@@ -47,6 +47,9 @@ class RunProgress(Protocol):
     def evaluation(self, step: int, metrics: StepMetrics) -> None:
         """After a held-out evaluation at `step`."""
 
+    def note(self, text: str) -> None:
+        """Something that the user should know."""
+
 
 def make_progress(config: Config) -> RunProgress:
     """A live table where the output is a terminal, lines elsewhere."""
@@ -82,6 +85,9 @@ class _Lines:
     def evaluation(self, step: int, metrics: StepMetrics) -> None:
         shown = " ".join(f"{name} {_short(value)}" for name, value in metrics.items())
         print(f"evaluation after step {step}: {shown}", flush=True)
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
 
 
 class _Live:
@@ -123,6 +129,9 @@ class _Live:
 
     def evaluation(self, step: int, metrics: StepMetrics) -> None:
         self.held_out = metrics
+
+    def note(self, text: str) -> None:
+        self.live.console.print(text, markup=False)
 
 
 class _Eta:

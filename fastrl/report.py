@@ -41,20 +41,19 @@ class RunLog:
     def step(self, step: int, output: StepOutput) -> None:
         """Metrics and a sample of completions of one training step, counted from 1."""
         self._write(step, output.metrics)
-        total = len(output.texts)
+        rollouts, texts, rewards = output.sampled.everything
+        total = len(texts)
         wanted = min(self.config.save.completions_per_step, total)
         for row in (index * total // wanted for index in range(wanted)):
-            example = output.rollouts.prompts.examples[row // output.rollouts.num_generations]
+            example = rollouts.prompts.examples[row // rollouts.num_generations]
             record = {
                 "step": step,
                 "prompt": example.prompt,
-                "completion": output.texts[row],
+                "completion": texts[row],
                 "answer": example.answer,
-                "reward": float(output.rewards.total[row]),
-                "rewards": {
-                    name: _number(part[row]) for name, part in output.rewards.parts.items()
-                },
-                "finished": bool(output.rollouts.finished[row]),
+                "reward": float(rewards.total[row]),
+                "rewards": {name: _number(part[row]) for name, part in rewards.parts.items()},
+                "finished": bool(rollouts.finished[row]),
             }
             self._completions.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._completions.flush()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +39,7 @@ from fastrl.run_directory import (
     starting_point,
 )
 from fastrl.seeding import make_generator
+from fastrl.stop_requests import stop_requests
 from fastrl.trainer import StepOutput, Trainer
 from fastrl.types import Prompts
 from fastrl.warm_start import WarmStart
@@ -82,6 +81,7 @@ class Run:
         self.trainer = trainer
         self.state = state
         self.checkpoint = checkpoint
+        self.noted = False
         self.eval_prompts = trainer.encode(trainer.task.eval_examples())
 
     def execute(self) -> Mapping[str, Any]:
@@ -92,7 +92,7 @@ class Run:
         logged = self.state.step if self.checkpoint is not None else -1
         with (
             _deterministic(self.trainer.policy.device),
-            _stop_requests() as stop,
+            stop_requests() as stop,
             RunLog(self.directory, self.config, step=logged) as log,
             make_progress(self.config) as progress,
         ):
@@ -148,7 +148,9 @@ class Run:
                 step=step + 1,
                 num_tokens=self.state.num_tokens + _num_tokens(output),
                 controllers=trainer.adaptation.state_dict(),
+                prompts=trainer.stream.state_dict(),
             )
+            self._note(step + 1, output.sampled.shortage)
             output.metrics["num_tokens"] = float(self.state.num_tokens)
             self.log.step(step + 1, output)
             self.progress.step(step + 1, output.metrics)
@@ -179,6 +181,12 @@ class Run:
     def _show(self, step: int, evaluation: Evaluation) -> None:
         self.log.evaluation(step, evaluation)
         self.progress.evaluation(step, evaluation.metrics)
+
+    def _note(self, step: int, message: str | None) -> None:
+        """Say once what may befall many steps; the metrics count it."""
+        if message is not None and not self.noted:
+            self.noted = True
+            self.progress.note(f"step {step}: {message}")
 
     def _advance(self, seconds: float, **changes: Any) -> None:
         total = self.state.train_seconds + seconds
@@ -248,6 +256,10 @@ def _prepare(config: Config, directory: Path, checkpoint: Path | None) -> Run:
     if state.step > config.max_steps:
         raise InputError(f"max_steps is {config.max_steps} but {checkpoint.name} is past it")
     trainer.method = trainer.adaptation.load_state_dict(state.controllers, trainer.method)
+    if state.prompts:
+        trainer.stream.load_state_dict(state.prompts)
+    else:  # a checkpoint of before the first step, or of before there were streams
+        trainer.stream.cursor += state.step * config.prompts_per_step
     if "ref_logps" in requirements(trainer.method) and state.step > 0:
         if not (directory / "reference").is_dir():
             raise InputError(
@@ -259,8 +271,9 @@ def _prepare(config: Config, directory: Path, checkpoint: Path | None) -> Run:
 
 
 def _num_tokens(output: StepOutput) -> int:
-    prompts = sum(len(ids) for ids in output.rollouts.prompts.token_ids)
-    return prompts * output.rollouts.num_generations + int(output.rollouts.lengths.sum())
+    rollouts = output.sampled.everything.rollouts
+    prompts = sum(len(ids) for ids in rollouts.prompts.token_ids)
+    return prompts * rollouts.num_generations + int(rollouts.lengths.sum())
 
 
 @contextmanager
@@ -274,27 +287,3 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
-
-
-class _StopRequest:
-    requested = False
-
-
-@contextmanager
-def _stop_requests() -> Iterator[_StopRequest]:
-    """The first Ctrl-C asks for a stop after the current step; the second one aborts at once."""
-    stop = _StopRequest()
-
-    def on_interrupt(number: int, frame: Any) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
-        return
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, previous)

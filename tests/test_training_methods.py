@@ -10,12 +10,16 @@ import torch
 
 from fastrl.config import DataConfig, EvalConfig, ObjectiveConfig, SaveConfig, WarmStartConfig
 from fastrl.errors import InputError
+from fastrl.loss import token_statistics
 from fastrl.methods import METHODS
 from fastrl.methods.adaptation import Adaptation
 from fastrl.methods.record import Method, Penalty, use
 from fastrl.methods.resolve import resolve_method
+from fastrl.packing import pack
 from fastrl.report import read_metrics
 from fastrl.run import train
+from tests.helpers import random_rollouts, tiny_policy
+from tests.helpers_methods import SIZES
 from tests.test_training import tiny_config, weights
 
 TRAINABLE = [name for name, method in METHODS.items() if not method.missing]
@@ -40,7 +44,8 @@ def test_every_method_trains(tmp_path, name):
     rollout = tiny_config("").rollout
     rollout = dataclasses.replace(rollout, num_generations=2 if name in ("p3o", "rebel") else 4)
     config = tiny_config(
-        tmp_path / "run", method=name, max_steps=1, objective=ObjectiveConfig(num_iterations=2),
+        tmp_path / "run", method=name, max_steps=1,
+        objective=ObjectiveConfig(num_iterations=2, parameters=SIZES.get(name, {})),
         rollout=rollout, warm_start=WarmStartConfig(), data=DataConfig(eval_size=2),
         eval=EvalConfig(num_samples=1),
     )  # fmt: skip
@@ -128,6 +133,25 @@ def test_resume_keeps_what_controllers_know(tmp_path, name):
     assert state["controllers"]
     for key, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(tmp_path / "parted")[key]), key
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_capo_knows_the_gradient_of_every_token_with_respect_to_the_head(temperature):
+    """|d logp / dW|^2 = (1 - 2 p + sum p^2) |h|^2, the step that its rule weighs; by autograd."""
+    policy = tiny_policy(dtype=torch.float64)
+    rollouts = random_rollouts([5, 3], [[4, 2], [1, 6]])
+    plan = pack(
+        rollouts.prompts.token_ids, [rollouts.completion_ids[:2], rollouts.completion_ids[2:]]
+    )
+    found = token_statistics(policy, plan, temperature)
+    scores = 1 - 2 * found.logps.exp() + found.head.sum_p2
+    hidden = policy.hidden_states(plan).detach()[plan.source_index]
+    weight = policy.lm_head.weight.detach().requires_grad_()
+    logps = (hidden @ weight.T / temperature).log_softmax(dim=1)
+    for token, target in enumerate(plan.target_ids.tolist()):
+        (gradient,) = torch.autograd.grad(logps[token, target], weight, retain_graph=True)
+        expected = gradient.square().sum()
+        torch.testing.assert_close(scores[token] * found.squared_hidden_norms[token], expected)
 
 
 def test_a_ratio_to_the_sampler_leaves_no_correction():

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.methods.axes import hyper_parameters_of
+from fastrl.methods.axes import hyper_parameters_of, inputs_of
 from fastrl.methods.inputs import StepInputs, apply
 from fastrl.methods.record import Choice, Method, Penalty
 from fastrl.preferences import LOSSES, PAIRINGS, PreferenceInputs, preference_terms
@@ -101,11 +101,17 @@ def token_weights(method: Method, inputs: StepInputs) -> Tensor:
 
 
 def _with_clipped(method: Method, inputs: StepInputs) -> StepInputs:
-    """The step with the tokens that the surrogate alone would stop."""
-    if inputs.logps is None or inputs.old_logps is None or inputs.advantages is None:
+    """The step with the tokens that the surrogate alone would stop, if the token weights ask."""
+    assert method.token_weights is not None
+    if "clipped" not in inputs_of("token_weights", method.token_weights.name):
         return inputs
+    assert inputs.logps is not None
+    assert inputs.old_logps is not None
+    assert inputs.advantages is not None
     if method.surrogate.name not in SURROGATES:
-        return inputs
+        terms = apply("surrogate", method.surrogate, inputs)
+        stopped = (terms.slopes == 0) & (inputs.advantages != 0)
+        return dataclasses.replace(inputs, clipped=stopped)
     objective = _surrogate(method, inputs)
     found = evaluate(objective, inputs.logps, inputs.old_logps, None, inputs.advantages)
     return dataclasses.replace(inputs, clipped=found.clipped)

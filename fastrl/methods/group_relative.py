@@ -5,7 +5,6 @@ from fastrl.methods.record import Method, Penalty, use
 CLIPPED = "-min(rho A, clip(rho, 0.8, 1.2) A)"
 CLIPPED_HIGHER = "-min(rho A, clip(rho, 0.8, 1.28) A)"
 DUAL_CLIP_HIGHER = use("dual_clipped_ratio", epsilon_high=0.28, dual_clip=10.0)
-MAY_BE_REFILLED = "new prompts in place of those whose completions all score alike"
 
 GROUP_RELATIVE = (
     Method(
@@ -29,9 +28,9 @@ GROUP_RELATIVE = (
         formula=f"{CLIPPED_HIGHER}, for A < 0 at most 10 |A|,  r minus a penalty near the limit",
         reward_shaping=use("soft_overlong"),
         selection=use("nonzero_std"),
+        dynamic_sampling=True,
         surrogate=DUAL_CLIP_HIGHER,
         settings="16 generations, 512 prompts, limit 20480 of which the last 4096 cost",
-        missing=f"dynamic sampling: {MAY_BE_REFILLED}",
     ),
     Method(
         name="lite_ppo",
@@ -52,11 +51,12 @@ GROUP_RELATIVE = (
         formula="-sg[clip(rho, 0, 5)] A logp,  A = (r - group mean) / its root mean square",
         advantage=use("batch_rms"),
         selection=use("nonzero_std"),
+        max_pass_rate=0.9,
         surrogate=use("truncated_importance", epsilon_low=1.0, epsilon_high=4.0),
         aggregation=use("prompt_mean"),
         settings="16 generations, 48 prompts, rewards +-1, thinking to 10240-12288 tokens",
-        missing="asynchronous rollouts 8 updates old, a forced end of thinking, a root mean square "
-        "over past batches, and prompts that leave once 9 of 10 completions pass",
+        missing="asynchronous rollouts 8 updates old, a forced end of thinking, and a root mean "
+        "square over past batches",
         unverified="learning rate 5e-7",
     ),
     Method(

@@ -48,10 +48,10 @@ SHAPED = (
         reward_shaping=use("truncated_to_zero"),
         advantage=use("whitened_group_centred"),
         selection=use("nonzero_std"),
+        dynamic_sampling=True,
         surrogate=use("dual_clipped_ratio", epsilon_high=0.28, dual_clip=10.0),
         penalties=(Penalty(use("k3"), 5e-4),),
         settings="16 generations, 512 prompts, mini-batches of 64, limit 4000, learning rate 1e-6",
-        missing="dynamic sampling: new prompts in place of those whose completions all score alike",
     ),
     _rewarded(
         "hapo_history", "history-aware policy optimization, from its released code",

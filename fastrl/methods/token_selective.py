@@ -38,11 +38,12 @@ TOKEN_SELECTIVE = (
         "and A by the entropy of the token",
         advantage=use("token_group_relative"),
         selection=use("nonzero_std"),
+        dynamic_sampling=True,
         token_weights=use("entropy_redistribution"),
         surrogate=use("dual_clipped_ratio", dual_clip=10.0),
         computed=use("entropy_bounds"),
-        settings="its sampler moves the temperature by 0.05 of the relative entropy and its "
-        "prompts are refilled; both are outside of the loss and not done here",
+        settings="its sampler moves the temperature by 0.05 of the relative entropy, which is "
+        "outside of the loss and not done here",
     ),
     Method(
         name="capo",
