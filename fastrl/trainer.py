@@ -283,7 +283,7 @@ class Trainer:
             **advantage_metrics(update.inputs),
             **packing_metrics(update.passes),
             **down_sampling_metrics(
-                rollouts, update.passes, update.measured, row_flops=self.row_flops
+                sampled.trained.rollouts, update.passes, update.measured, row_flops=self.row_flops
             ),
             **speed_metrics(watch, rollouts, update.passes),
             "memory/peak_gib": peak_memory_bytes(self.policy.device) / GIB,
