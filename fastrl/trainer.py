@@ -21,7 +21,7 @@ from fastrl.encoding import decode_completions, encode_prompts, encode_solution
 from fastrl.loss import NOT_MEASURED, backward, measure, token_statistics
 from fastrl.methods.adaptation import Adaptation
 from fastrl.methods.estimates import kept_prompts, rows_to_train
-from fastrl.methods.inputs import StepInputs
+from fastrl.methods.inputs import StepInputs, scheduled
 from fastrl.methods.needs import looks_past_tokens
 from fastrl.methods.record import Method
 from fastrl.metrics import (
@@ -276,6 +276,7 @@ class Trainer:
             "learning_rate": update.learning_rate,
             **(sampled.metrics if self.method.dynamic_sampling else {}),
             **self.stream.metrics,
+            **scheduled(self.method, step / self.config.max_steps),
             **rollout_metrics(rollouts, rewards, pass_threshold=threshold),
             **token_metrics(
                 record_tokens(update.passes, update.losses, update.clipped, update.advantages)

@@ -11,7 +11,7 @@ from fastrl.config import Config, ObjectiveConfig
 from fastrl.config_io import load_config, override_config, save_config
 from fastrl.errors import InputError
 from fastrl.methods import METHODS, resolve_method, use
-from fastrl.methods.inputs import apply
+from fastrl.methods.inputs import apply, scheduled
 from fastrl.schedules import SHAPES, Schedule, read_schedule
 from tests.helpers_methods import step_inputs
 
@@ -62,6 +62,13 @@ def test_bad_words_are_refused(words, message):
     assert message in str(error.value)
 
 
+def test_the_numbers_of_the_moment_for_the_logs():
+    assert scheduled(METHODS["d3s"], 0.5) == {
+        "schedules/selection.kept_fraction": 0.375, "schedules/token_weights.fraction": 0.6,
+    }  # fmt: skip
+    assert scheduled(METHODS["grpo"], 0.5) == {}
+
+
 def test_a_choice_takes_the_number_of_the_moment():
     """A fraction of tokens, and a count, which is rounded."""
     method = METHODS["d3s"]
@@ -94,6 +101,8 @@ def test_a_choice_takes_the_number_of_the_moment():
         ("d3s", {"std_epsilon": "linear 0 1"}, "std_epsilon cannot follow a schedule"),
         ("grpo", {"surrogate.epsilon_low": "linear 0.1 0.2"}, "cannot follow a schedule"),
         ("d3s", {"fraction": True}, "must be a number, got True"),
+        ("grpo", {"std_epsilon": math.nan}, "must be a number, got nan"),
+        ("d3s", {"num_kept": math.inf}, "num_kept must be a whole number, got inf"),
     ],
 )
 def test_what_no_step_can_use_is_refused_before_the_run(name, overrides, message):

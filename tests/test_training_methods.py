@@ -135,6 +135,21 @@ def test_resume_keeps_what_controllers_know(tmp_path, name):
         assert torch.equal(value, weights(tmp_path / "parted")[key]), key
 
 
+def test_d3s_is_aggressive_first_and_relaxes(tmp_path):
+    """Of 24 completions a fourth is kept, then more, and of their tokens a fifth, then more."""
+    rollout = dataclasses.replace(tiny_config("").rollout, num_generations=8)
+    objective = ObjectiveConfig(parameters={"num_kept": 4})
+    train(tiny_config(tmp_path / "run", method="d3s", rollout=rollout, objective=objective))
+    rows = steps_of(tmp_path / "run")
+    shares = [0.2 + 0.8 * step / 4 for step in range(4)]
+    assert [row["schedules/token_weights.fraction"] for row in rows] == pytest.approx(shares)
+    for row, share, kept in zip(rows, shares, [6, 7, 9, 10], strict=True):  # 24 (1 + step / 4) / 4
+        trained = 24 * row["completions/mean_length"] - row["down_sampling/rows_skipped"]
+        assert 24 - row["down_sampling/completions_dropped"] <= kept
+        assert trained <= share * 5 * kept
+        assert trained >= int(share * kept)  # every completion has at least one token
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_capo_knows_the_gradient_of_every_token_with_respect_to_the_head(temperature):
     """|d logp / dW|^2 = (1 - 2 p + sum p^2) |h|^2, the step that its rule weighs; by autograd."""

@@ -134,7 +134,7 @@ def _check_value(axis: str, choice: str, name: str, value: Any) -> None:
             f"{' or '.join(SCHEDULED)} can; give a number"
         )
     for number in (value.start, value.end) if isinstance(value, Schedule) else (value,):
-        if is_whole(axis, choice, name) and number != int(number):
+        if is_whole(axis, choice, name) and not float(number).is_integer():
             raise InputError(f"{axis} {choice}: {name} must be a whole number, got {number:g}")
         if name in LIMITS and number not in LIMITS[name]:
             raise InputError(f"{axis} {choice}: {name} must be {LIMITS[name]}, got {number:g}")

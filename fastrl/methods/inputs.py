@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastrl.errors import InputError
 from fastrl.methods.axes import AXES, inputs_of, is_whole
-from fastrl.methods.record import Choice
+from fastrl.methods.record import Choice, Method
 from fastrl.schedules import Schedule
 
 
@@ -109,15 +109,25 @@ def apply(axis: str, choice: Choice, inputs: StepInputs) -> Any:
             raise InputError(f"{axis} {choice.name} needs {name}, which this step does not have")
         values.append(value)
     parameters = {
-        key: _now(axis, choice.name, key, value, inputs.progress)
+        key: _now(axis, choice.name, key, value, float(inputs.progress))
         for key, value in choice.parameters.items()
     }
     return function(*values, **parameters)
 
 
-def _now(axis: str, name: str, key: str, value: Any, progress: Tensor) -> Any:
+def scheduled(method: Method, progress: float) -> dict[str, float]:
+    """The numbers of a method that change over training, as they are now, for the logs."""
+    return {
+        f"schedules/{axis}.{key}": float(_now(axis, choice.name, key, value, progress))
+        for axis, choice in method.choices.items()
+        for key, value in choice.parameters.items()
+        if isinstance(value, Schedule)
+    }
+
+
+def _now(axis: str, name: str, key: str, value: Any, progress: float) -> Any:
     """A hyper-parameter at this point of training."""
     if not isinstance(value, Schedule):
         return value
-    number = value.at(float(progress))
+    number = value.at(progress)
     return round(number) if is_whole(axis, name, key) else number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -157,7 +158,7 @@ def _read_parameter(key: str, value: Any) -> Any:
             return read_schedule(value)
         except InputError as error:
             raise InputError(f"objective.parameters: {key}: {error}") from error
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         raise InputError(f"objective.parameters: {key} must be a number, got {value!r}")
     return value
 
