@@ -30,7 +30,7 @@ from fastrl_kernels import LMHead, policy_loss
 from fastrl_kernels.objectives import SURROGATES, Objective
 
 OBJECTIVE = Objective(SURROGATES["clipped_ratio"], (0.2, 0.2))
-NUM_ROUNDS = 3
+NUM_ROUNDS, NUM_CLOSE_ROUNDS = 3, 9  # more where nothing is shared and little should differ
 MAX_ERROR = 2e-5  # of float32 gradients relative to the largest float64 one
 
 
@@ -293,7 +293,7 @@ def measure(case: Case, quick: bool) -> list[Row]:
     peaks = {name: in_fresh_process(peak_of, case, quick, name) for name in STATES}
     times: dict[str, list[Seconds]] = {name: [] for name in STATES}
     shuffle = random.Random(0).shuffle
-    for _ in range(NUM_ROUNDS):
+    for _ in range(NUM_ROUNDS if case.num_generations > 1 else NUM_CLOSE_ROUNDS):
         order = list(STATES)
         shuffle(order)
         for name in order:
