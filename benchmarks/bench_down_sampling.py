@@ -43,6 +43,7 @@ MAX_ERROR = 2e-5  # of float32 gradients relative to the largest float64 one
 RATIO, NUM_GENERATIONS, NUM_KEPT = 0.2, 16, 8
 GOALS = {"head": 0.65, "update": 0.5, "selecting": 0.02}
 OBJECTIVE = Objective(SURROGATES["clipped_ratio"], (0.2, 0.2))
+SHARPNESS = 6.0  # standard deviation of logits, in that of a fresh model
 CHUNK = 512  # rows of logits at a time
 METHOD = Method(
     "d3s", "", "",
@@ -169,6 +170,8 @@ class UpdateWork:
 
     def __init__(self, case: Case, quick: bool, dtype: torch.dtype = torch.float32) -> None:
         model = build_model(quick, dtype)
+        with torch.no_grad():  # entropies far enough apart that float32 picks the same tokens
+            model.lm_head.weight *= SHARPNESS
         tokenizer = train_tokenizer(["0 1 2 3"], vocab_size=300)
         self.policy = Policy(model, tokenizer)
         self.rollouts, self.rewards = make_rollouts(case, model.config.vocab_size)
