@@ -31,11 +31,12 @@ def render(name: str) -> str:
         base = next(row for row in members if row["implementation"].startswith("fastrl"))
         lines += [_line(row, base, is_first=row is members[0]) for row in members]
     where = rows[0]["environment"]
+    commits = dict.fromkeys(row["environment"]["commit"] for row in rows)
     versions = ", ".join(f"{name} {where[name]}" for name in NAMES if name in where)
     lines += [
         "",
-        f"{where['cpu']}, {where['num_threads']} threads, {versions}; commit {where['commit']}: "
-        f"`{where['command']}`.",
+        f"{where['cpu']}, {where['num_threads']} threads, {versions}; commit "
+        f"{' and '.join(commits)}: `{where['command']}`.",
     ]
     return "\n".join(lines) + "\n"
 
