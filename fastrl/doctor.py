@@ -28,7 +28,6 @@ KERNELS = ("policy_loss", "linear_logps", "selected_logps", "token_loss", "selec
 # A prompt of 512 tokens with 16 completions of 512, as attention of a usual model sees them.
 GROUP: dict[str, Any] = {
     "num_tokens": 17 * 512,
-    "num_segments": 17,
     "num_heads": 16,
     "num_kv_heads": 8,
 }

@@ -33,6 +33,7 @@ class Rows:
 
     needed: Tensor  # int64, ascending
     others: Tensor  # int64, ascending
+    places: Tensor  # (N,) int64: where each row is among the others, then the needed ones
     keys: Tensor | None = None  # (1, Hkv, len(others), K), as the layer gives them to attention
     values: Tensor | None = None
 
@@ -44,12 +45,11 @@ class Rows:
         if self.keys is None or self.values is None:
             self.keys, self.values = k, v
             raise _KeysKnown
-        place = torch.cat([self.others, self.needed]).argsort()
-        zeros = q.new_zeros(1, q.shape[1], len(place), q.shape[3])
+        zeros = q.new_zeros(1, q.shape[1], len(self.places), q.shape[3])
         return (
             zeros.index_copy(2, self.needed, q),
-            torch.cat([self.keys, k], 2)[:, :, place],
-            torch.cat([self.values, v], 2)[:, :, place],
+            torch.cat([self.keys, k], 2)[:, :, self.places],
+            torch.cat([self.values, v], 2)[:, :, self.places],
         )
 
 
@@ -70,6 +70,7 @@ class _LastLayer(nn.Module):
         is_other = torch.ones(num_tokens, dtype=torch.bool, device=needed.device)
         is_other[needed] = False
         self.needed, self.others = needed, is_other.nonzero()[:, 0]
+        self.places = torch.cat([self.others, needed]).argsort()
 
     def __getattr__(self, name: str) -> Any:
         """Of the layer: models ask theirs what kind of attention they do."""
@@ -92,7 +93,7 @@ class _LastLayer(nn.Module):
         """Both runs, inside of one checkpoint where there are any."""
         checkpoints = self.layer.gradient_checkpointing
         self.layer.gradient_checkpointing = False
-        rows = Rows(self.needed, self.others)
+        rows = Rows(self.needed, self.others, self.places)
         token = _rows.set(rows)
         try:
             self._find_keys(inputs)

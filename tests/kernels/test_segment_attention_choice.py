@@ -29,7 +29,7 @@ GPU = Machine("cuda", (9, 0), has_triton=True, has_flash_attn=False)
 BARE_GPU = GPU._replace(has_triton=False)
 OLD_GPU = BARE_GPU._replace(capability=(7, 5))
 CPU = Machine("cpu", None, has_triton=True, has_flash_attn=False)
-BF16 = Facts(GPU, torch.bfloat16, 8704, 17, 16, 8, 128, 128)
+BF16 = Facts(GPU, torch.bfloat16, 8704, 16, 8, 128, 128)
 FP32 = BF16._replace(dtype=torch.float32)
 
 
@@ -67,7 +67,7 @@ def heads(facts: Facts, size: int, value_size: int | None = None) -> Facts:
         (FP32._replace(machine=BARE_GPU), "sdpa", "not installed; all pairs"),
         (BF16._replace(machine=CPU), "torch", "one path at a time"),
         (
-            BF16._replace(machine=CPU, num_tokens=200, num_segments=90, has_sinks=True),
+            BF16._replace(machine=CPU, num_tokens=200, has_sinks=True),
             "torch",
             "one path at a time",
         ),
@@ -86,7 +86,7 @@ def all_facts() -> list[Facts]:
     sizes = [(8, 8), (60, 60), (64, 64), (192, 128), (256, 256), (512, 512)]
     options = itertools.product([None, 100], [False, True], [False, True])
     return [
-        Facts(machine, dtype, num_tokens, 30, 16, 4, *size, *option)
+        Facts(machine, dtype, num_tokens, 16, 4, *size, *option)
         for machine, dtype, num_tokens, size, option in itertools.product(
             machines, dtypes, [100, 10_000, 50_000], sizes, list(options)
         )
@@ -111,7 +111,7 @@ def test_mask_bytes_are_those_of_the_tensors() -> None:
     mask = segments.visibility()
     repeated = [torch.empty(q.shape), torch.empty(*q.shape[:2], v.shape[2])]
     tensors = [mask, mask.to(torch.float32), *repeated]
-    facts = facts_of(q.float(), v.float(), segments.num_segments, None, False, False)
+    facts = facts_of(q.float(), v.float(), None, False, False)
     assert mask_bytes(facts) == sum(x.nbytes for x in tensors)
 
 
@@ -122,7 +122,7 @@ def test_auto_gives_the_bits_of_its_choice(options: dict, lengths: list[int]) ->
     times = segments.num_tokens // sum(LENGTHS)
     q, k, v = (x.repeat(times, 1, 1) for x in inputs(1))
     has = {f"has_{name}": name in options for name in ("softcap", "sinks")}
-    facts = facts_of(q, v, segments.num_segments, options.get("window"), **has)
+    facts = facts_of(q, v, options.get("window"), **has)
     choice = choose_attention(facts)
     assert choice.name == "torch"
     found, expected = (
@@ -134,8 +134,8 @@ def test_auto_gives_the_bits_of_its_choice(options: dict, lengths: list[int]) ->
 
 def test_facts_of_tensors() -> None:
     q, _, v = inputs(0, kv_heads=3, value_size=7)
-    facts = facts_of(q, v, 5, 9, True, False)
-    assert facts[1:] == (torch.float64, 34, 5, 6, 3, 13, 7, 9, True, False)
+    facts = facts_of(q, v, 9, True, False)
+    assert facts[1:] == (torch.float64, 34, 6, 3, 13, 7, 9, True, False)
     assert facts.machine.device == "cpu"
     assert isinstance(choose_attention(facts), Choice)
 

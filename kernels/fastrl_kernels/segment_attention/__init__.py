@@ -66,7 +66,7 @@ def segment_attention(
             f"sinks must have one value per head, shape ({q.shape[1]},) on {q.device}, got "
             f"{tuple(sinks.shape)} on {sinks.device}; pass None for none"
         )
-    name = _choose(implementation, q, v, segments, window, softcap, sinks)
+    name = _choose(implementation, q, v, window, softcap, sinks)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if name == "torch":
         lengths, parents = segments.lengths, segments.parents
@@ -94,13 +94,13 @@ def _function(name: str) -> Callable[..., Tensor]:
 
 
 def _choose(
-    implementation: str, q: Tensor, v: Tensor, segments: Segments, window: int | None,
-    softcap: float | None, sinks: Tensor | None,
+    implementation: str, q: Tensor, v: Tensor, window: int | None, softcap: float | None,
+    sinks: Tensor | None,
 ) -> str:  # fmt: skip
     """Name of the implementation to run; a choice that cannot be met raises."""
     if implementation == "torch":
         return "torch"
-    facts = facts_of(q, v, segments.num_segments, window, softcap is not None, sinks is not None)
+    facts = facts_of(q, v, window, softcap is not None, sinks is not None)
     if implementation == "auto":
         choice = choose_attention(facts)
         if q.is_cuda and choice.name != "triton" and q.dtype != torch.float64:

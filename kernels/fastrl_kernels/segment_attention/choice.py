@@ -3,8 +3,7 @@
 A choice depends on shapes, dtype, device and installed packages, never on time, free memory or
 values. So forward and backward agree, and so do the old and the new log-probabilities of one plan.
 
-N packed tokens, M segments, H heads, Hkv key-value heads, K head size of queries and keys, Kv of
-values.
+N packed tokens, H heads, Hkv key-value heads, K head size of queries and keys, Kv of values.
 """
 
 import importlib.util
@@ -46,7 +45,6 @@ class Facts(NamedTuple):
     machine: Machine
     dtype: torch.dtype
     num_tokens: int
-    num_segments: int
     num_heads: int
     num_kv_heads: int
     head_size: int
@@ -76,12 +74,10 @@ def machine_of(device: torch.device) -> Machine:
     return Machine(device.type, capability, HAS_TRITON, HAS_FLASH_ATTN)
 
 
-def facts_of(
-    q: Tensor, v: Tensor, num_segments: int, window: int | None, has_softcap: bool, has_sinks: bool
-) -> Facts:
+def facts_of(q: Tensor, v: Tensor, window: int | None, has_softcap: bool, has_sinks: bool) -> Facts:
     """The facts about these queries (N, H, K) and values (N, Hkv, Kv)."""
     return Facts(
-        machine_of(q.device), q.dtype, q.shape[0], num_segments, q.shape[1], v.shape[1],
+        machine_of(q.device), q.dtype, q.shape[0], q.shape[1], v.shape[1],
         q.shape[2], v.shape[2], window, has_softcap, has_sinks,
     )  # fmt: skip
 
