@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -123,8 +123,15 @@ def assert_packing_changes_nothing(model: Any) -> None:
     prompts, completions = tokens()
     plan = pack(prompts, completions)
     expected = separate_logits(model, prompts, completions)
+    assert_plan_gives(model, plan, expected, ((False, False), (True, False), (True, True)))
+
+
+def assert_plan_gives(
+    model: Any, plan: Plan, expected: torch.Tensor, variants: Sequence[tuple[bool, bool]]
+) -> None:
+    """The same logits, loss and gradients; variants: (source_rows_only, checkpointing), in turn."""
     loss, gradients = loss_and_gradients(model, expected, plan.target_ids)
-    for source_rows_only, checkpointing in ((False, False), (True, False), (True, True)):
+    for source_rows_only, checkpointing in variants:
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         logits = packed_logits(model, plan, source_rows_only=source_rows_only)

@@ -14,7 +14,13 @@ from transformers import CONFIG_MAPPING
 
 from fastrl.packing import Plan, pack_segments
 from tests.helpers import random_ids, tiny_model
-from tests.test_families import MOE, float64_throughout, loss_and_gradients, packed_logits
+from tests.test_families import (
+    MOE,
+    assert_plan_gives,
+    float64_throughout,
+    loss_and_gradients,
+    packed_logits,
+)
 
 __all__ = ["float64_throughout"]  # runs in every test of this file
 
@@ -91,18 +97,8 @@ def assert_packing_changes_nothing(
     """Plain and with checkpointed layers."""
     plan, paths = plan_of(forest)
     expected = separate_logits(model, plan, paths)
-    loss, gradients = loss_and_gradients(model, expected, plan.target_ids)
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        logits = packed_logits(model, plan, source_rows_only=source_rows_only)
-        packed_loss, packed = loss_and_gradients(model, logits, plan.target_ids)
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
-        torch.testing.assert_close(packed_loss, loss, rtol=1e-11, atol=1e-11)
-        assert packed.keys() == gradients.keys()
-        for name, gradient in gradients.items():
-            error = (packed[name] - gradient).abs().max()
-            assert error <= 1e-11 * max(1.0, float(gradient.abs().max())), name
+    variants = [(source_rows_only, checkpointing) for checkpointing in (False, True)]
+    assert_plan_gives(model, plan, expected, variants)
 
 
 @pytest.mark.parametrize("forest", FORESTS)

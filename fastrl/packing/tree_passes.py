@@ -16,9 +16,8 @@ from torch import Tensor
 
 from fastrl.packing.groups import MIN_TOKEN_RATIO
 from fastrl.packing.plan import Plan
-from fastrl.packing.tokens import check_token_ids, flat_mask, lengths_of, trained_tokens
-from fastrl.packing.trees import pack_tree
-from fastrl.prefix_tree import PrefixTree, prefix_tree, separate_rows
+from fastrl.packing.trees import pack_tree, trained_tree
+from fastrl.prefix_tree import PrefixTree
 
 
 class TreePass(NamedTuple):
@@ -43,15 +42,7 @@ def pack_tree_passes(
     Every plan numbers completions as the caller does: `completion_index` is among all B sequences,
     and `scatter` gives a tensor for each of them, empty for those of other rows.
     """
-    check_token_ids(sequences)
-    lengths = lengths_of(sequences)
-    mask = flat_mask(trained, sequences, lengths, torch.ones_like(lengths) > 0, name="sequence")
-    tokens = trained_tokens(mask, lengths)
-    needed = tokens.needed.tolist()
-    tree = prefix_tree(sequences, needed)
-    is_shared = sum(needed) >= min_token_ratio * sum(tree.lengths)
-    if not is_shared:
-        tree = separate_rows(needed)
+    tokens, tree, is_shared = trained_tree(sequences, trained, min_token_ratio=min_token_ratio)
     passes = split_tree_into_passes(
         tree, (tokens.counts * head_row_cost).tolist(), max_tokens_per_pass=max_tokens_per_pass
     )

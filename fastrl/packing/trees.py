@@ -6,6 +6,7 @@ Legend: B sequences, M segments, N packed tokens, S trained tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from fastrl.packing.tokens import (
     ranges,
     trained_tokens,
 )
-from fastrl.prefix_tree import depth_first, prefix_tree, separate_rows
+from fastrl.prefix_tree import PrefixTree, depth_first, prefix_tree, separate_rows
 from fastrl_kernels.segments import Segments, climb, climbed, make_segments, path_lengths
 
 
@@ -44,14 +45,8 @@ def pack_tree(
     row all the same, `fastrl.merged_tokens` has two rows each for a loss in one pass. A row that is
     too long for one pass: `pack_tree_passes`.
     """
-    check_token_ids(sequences)
+    tokens, tree, _ = trained_tree(sequences, trained, min_token_ratio=min_token_ratio)
     lengths = lengths_of(sequences)
-    mask = flat_mask(trained, sequences, lengths, torch.ones_like(lengths) > 0, name="sequence")
-    tokens = trained_tokens(mask, lengths)
-    needed = tokens.needed.tolist()
-    tree = prefix_tree(sequences, needed)
-    if sum(needed) < min_token_ratio * sum(tree.lengths):
-        tree = separate_rows(needed)
     segments = make_segments(tree.lengths, tree.parents)
     flat = torch.cat(list(sequences))
     starts = (lengths.cumsum(0) - lengths)[tree.owners] + torch.tensor(tree.offsets)
@@ -62,8 +57,30 @@ def pack_tree(
         target_ids=flat.index_select(0, tokens.flat_index),
         completion_index=tokens.owners,
         completion_lengths=tuple(tokens.counts.tolist()),
-        num_unshared_tokens=sum(needed),
+        num_unshared_tokens=int(tokens.needed.sum()),
     )
+
+
+class TrainedTree(NamedTuple):
+    """The forest of B sequences as far as their trained tokens need it."""
+
+    tokens: TrainedTokens
+    tree: PrefixTree
+    is_shared: bool
+
+
+def trained_tree(
+    sequences: Sequence[Tensor], trained: Sequence[Tensor] | None, *, min_token_ratio: float
+) -> TrainedTree:
+    """Check what `pack_tree` takes, and decide whether anything is shared."""
+    check_token_ids(sequences)
+    lengths = lengths_of(sequences)
+    mask = flat_mask(trained, sequences, lengths, torch.ones_like(lengths) > 0, name="sequence")
+    tokens = trained_tokens(mask, lengths)
+    needed = tokens.needed.tolist()
+    tree = prefix_tree(sequences, needed)
+    is_shared = sum(needed) >= min_token_ratio * sum(tree.lengths)
+    return TrainedTree(tokens, tree if is_shared else separate_rows(needed), is_shared)
 
 
 def pack_segments(
