@@ -61,6 +61,9 @@ class Rollouts:
     rollout_logps: tuple[Tensor, ...] | None  # B ragged fp32, nats at the sampling temperature
     finished: Tensor  # (B,) bool: False where the length limit cut the completion
     rollout_entropies: tuple[Tensor, ...] | None = None  # B ragged fp32, of the same distribution
+    # B ragged fp32, of the distribution that was drawn from, after truncation and penalties; None
+    # where that is the same one or unknown.
+    processed_logps: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
         num_completions = len(self.completion_ids)
@@ -75,7 +78,7 @@ class Rollouts:
             f"of {self.finished.dtype}",
         )
         shapes = [ids.shape for ids in self.completion_ids]
-        for name in ("rollout_logps", "rollout_entropies"):
+        for name in ("rollout_logps", "rollout_entropies", "processed_logps"):
             values = getattr(self, name)
             _require(
                 values is None or [value.shape for value in values] == shapes,
