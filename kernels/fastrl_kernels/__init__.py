@@ -1,5 +1,6 @@
 """Drop-in parts for reinforcement learning of language models; needs torch and nothing else."""
 
+from fastrl_kernels.decode_attention import decode_attention
 from fastrl_kernels.head import LMHead
 from fastrl_kernels.linear_logps import LinearLogps, linear_logps
 from fastrl_kernels.modules import FusedLinearLogps, FusedLinearPolicyLoss
@@ -20,6 +21,7 @@ __all__ = [
     "PolicyLoss",
     "Segments",
     "TokenLoss",
+    "decode_attention",
     "explain",
     "linear_logps",
     "make_segments",

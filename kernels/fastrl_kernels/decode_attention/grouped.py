@@ -1,0 +1,162 @@
+"""Decode attention in plain PyTorch: a product for the prefixes, one for the suffixes, one softmax.
+
+The queries of a group lie side by side, so a prefix is read once for all its rows. Where groups
+have different numbers of rows they are filled up to the largest with zeros.
+
+R rows, P groups, W rows of the largest, H heads, Hkv key-value heads, h = H / Hkv heads that share
+one, K head size of queries and keys, Kv of values, L prefix columns, C suffix columns.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl_kernels.head import accumulation_dtype
+
+
+class Options(NamedTuple):
+    """Constants of the scores."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+class Places(NamedTuple):
+    """Where each row stands among those of its group."""
+
+    num_groups: int  # P
+    width: int  # W
+    slots: tuple[Tensor, Tensor] | None
+    """(R,) int64 group and place in it of every row; None if rows fill the groups evenly."""
+
+    def by_group(self, x: Tensor) -> Tensor:
+        """(R, Hkv, h, size) as (P * Hkv, W * h, size), zero where there is no row."""
+        if self.slots is None:
+            table = x.unflatten(0, (self.num_groups, self.width)).transpose(1, 2)
+        else:
+            num_kv_heads, *sizes = x.shape[1:]
+            table = x.new_zeros(self.num_groups, num_kv_heads, self.width, *sizes)
+            table.transpose(1, 2)[self.slots] = x
+        return table.reshape(-1, self.width * x.shape[2], x.shape[3])
+
+    def write_rows(self, out: Tensor, x: Tensor) -> None:
+        """out (R, Hkv, h, size) from what `by_group` makes of it."""
+        num_kv_heads, num_sharing, size = out.shape[1:]
+        table = x.view(self.num_groups, num_kv_heads, self.width, num_sharing, size)
+        if self.slots is None:
+            out.unflatten(0, (self.num_groups, self.width)).copy_(table.transpose(1, 2))
+        else:
+            out.copy_(table.transpose(1, 2)[self.slots])
+
+
+class Prefix(NamedTuple):
+    """The columns of the prefixes that some row sees."""
+
+    keys: Tensor  # (P, Hkv, L, K)
+    values: Tensor  # (P, Hkv, L, Kv)
+    hidden: Tensor | None
+    """(P, L) bool: padding, and what is before the window; None if there is neither."""
+
+
+def grouped_attention(
+    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor,
+    row_groups: Tensor, prefix_lengths: Tensor, suffix_length: int, sinks: Tensor | None,
+    options: Options,
+) -> Tensor:  # fmt: skip
+    """(R, H, Kv) outputs; reads the groups and lengths on the host."""
+    num_rows, num_heads, head_size = q.shape
+    dtype, num_kv_heads = accumulation_dtype(q.dtype), suffix_k.shape[1]
+    if num_rows == 0:
+        return q.new_empty(0, num_heads, suffix_v.shape[3])
+    places = places_of(row_groups, prefix_k.shape[0])
+    prefix = visible_prefix(prefix_k, prefix_v, prefix_lengths, suffix_length, options.window)
+    first = 0 if options.window is None else max(0, suffix_length - options.window)
+    own_keys, own_values = (
+        x[:, :, first:suffix_length].to(dtype).flatten(0, 1) for x in (suffix_k, suffix_v)
+    )
+    queries = q.to(dtype).view(num_rows, num_kv_heads, -1, head_size)
+
+    num_shared, num_own = prefix.keys.shape[2], own_keys.shape[1]
+    num_columns = num_shared + num_own + (sinks is not None)
+    scores = queries.new_empty(*queries.shape[:3], num_columns)
+    own_scores = _scores(queries.flatten(0, 1), own_keys, options)
+    scores[..., num_shared : num_shared + num_own] = own_scores.view(*queries.shape[:3], num_own)
+    if num_shared:
+        shared_scores = _scores(places.by_group(queries), prefix.keys.to(dtype), options)
+        if prefix.hidden is not None:
+            by_group = shared_scores.view(prefix.hidden.shape[0], -1, num_shared)
+            by_group.masked_fill_(prefix.hidden[:, None], -torch.inf)
+        places.write_rows(scores[..., :num_shared], shared_scores)
+    if sinks is not None:  # takes part in the denominator and has no value
+        scores[..., -1] = sinks.view(num_kv_heads, -1)
+
+    probs = scores.softmax(-1)
+    own_probs = probs[..., num_shared : num_shared + num_own].flatten(0, 1)
+    out = torch.bmm(own_probs, own_values)
+    if num_shared:
+        shared = torch.empty_like(out).view(*queries.shape[:3], -1)
+        shared_probs = places.by_group(probs[..., :num_shared])
+        places.write_rows(shared, _weighted(shared_probs, prefix, dtype))
+        out += shared.view_as(out)
+    return out.view(num_rows, num_heads, -1).to(q.dtype)
+
+
+def places_of(row_groups: Tensor, num_groups: int) -> Places:
+    """The places of (R,) rows, at least one; groups that decrease or do not exist raise."""
+    groups = row_groups.long()
+    counts = torch.bincount(groups, minlength=num_groups)
+    if len(counts) > num_groups or bool((groups[1:] < groups[:-1]).any()):
+        raise ValueError(
+            f"row_groups must not decrease and name one of {num_groups} prefixes, got "
+            f"{row_groups.tolist()}; sort the rows by group"
+        )
+    width = int(counts.max())
+    if len(groups) == num_groups * width:
+        return Places(num_groups, width, None)
+    starts = counts.cumsum(0) - counts
+    places = torch.arange(len(groups), device=groups.device) - starts[groups]
+    return Places(num_groups, width, (groups, places))
+
+
+def visible_prefix(
+    keys: Tensor, values: Tensor, lengths: Tensor, suffix_length: int, window: int | None
+) -> Prefix:
+    """Without the columns that the window hides from all rows."""
+    shortest, longest = (int(x) for x in lengths.aminmax())
+    num_columns = keys.shape[2]
+    if shortest < 0 or longest > num_columns:
+        raise ValueError(
+            f"prefix_lengths must be from 0 to {num_columns}, the columns of prefix_k, got "
+            f"{lengths.tolist()}; count the tokens of each prompt"
+        )
+    reach = longest if window is None else max(0, window - suffix_length)  # tokens of a prefix
+    first = max(0, shortest - reach)
+    chosen = slice(first, longest if reach else first)
+    hidden = None
+    if shortest < longest or reach < longest - first:
+        column = torch.arange(first, chosen.stop, device=lengths.device)
+        hidden = (column >= lengths[:, None]) | (column < lengths[:, None] - reach)
+    return Prefix(keys[:, :, chosen], values[:, :, chosen], hidden)
+
+
+def _scores(queries: Tensor, keys: Tensor, options: Options) -> Tensor:
+    """(X, rows, columns) of queries (X, rows, K) and keys (..., columns, K), X in all."""
+    keys = keys.reshape(-1, *keys.shape[-2:])
+    scores = queries.new_empty(*queries.shape[:2], keys.shape[1])
+    scores.baddbmm_(queries, keys.mT, beta=0, alpha=options.scale)
+    if options.softcap is not None:
+        scores.div_(options.softcap).tanh_().mul_(options.softcap)
+    return scores
+
+
+def _weighted(probs: Tensor, prefix: Prefix, dtype: torch.dtype) -> Tensor:
+    """probs (P * Hkv, W * h, L) times values, whatever hidden values hold."""
+    values = prefix.values.to(dtype).reshape(-1, *prefix.values.shape[-2:])
+    out = torch.bmm(probs, values)
+    if prefix.hidden is None or bool(out.isfinite().all()):
+        return out
+    # Hidden columns have probability 0, and 0 times NaN is NaN; a copy without is rarely needed.
+    clean = prefix.values.to(dtype).masked_fill(prefix.hidden[:, None, :, None], 0)
+    return torch.bmm(probs, clean.flatten(0, 1))
