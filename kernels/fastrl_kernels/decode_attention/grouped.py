@@ -1,4 +1,4 @@
-"""Decode attention in plain PyTorch: a product for the prefixes, one for the suffixes, one softmax.
+"""Decode attention in plain PyTorch: products for all prefixes and for all suffixes, one softmax.
 
 The queries of a group lie side by side, so a prefix is read once for all its rows. Where groups
 have different numbers of rows they are filled up to the largest with zeros.
@@ -32,23 +32,22 @@ class Places(NamedTuple):
     """(R,) int64 group and place in it of every row; None if rows fill the groups evenly."""
 
     def by_group(self, x: Tensor) -> Tensor:
-        """(R, Hkv, h, size) as (P * Hkv, W * h, size), zero where there is no row."""
+        """(R * Hkv, h, size) as (P * Hkv, W * h, size), zero where there is no row."""
+        _, num_sharing, size = x.shape
         if self.slots is None:
-            table = x.unflatten(0, (self.num_groups, self.width)).transpose(1, 2)
+            table = x.view(self.num_groups, self.width, -1, num_sharing, size).transpose(1, 2)
         else:
-            num_kv_heads, *sizes = x.shape[1:]
-            table = x.new_zeros(self.num_groups, num_kv_heads, self.width, *sizes)
-            table.transpose(1, 2)[self.slots] = x
-        return table.reshape(-1, self.width * x.shape[2], x.shape[3])
+            rows = x.view(len(self.slots[0]), -1, num_sharing, size)
+            shape = (self.num_groups, rows.shape[1], self.width, num_sharing, size)
+            table = x.new_zeros(shape)
+            table.transpose(1, 2)[self.slots] = rows
+        return table.reshape(-1, self.width * num_sharing, size)
 
-    def write_rows(self, out: Tensor, x: Tensor) -> None:
-        """out (R, Hkv, h, size) from what `by_group` makes of it."""
-        num_kv_heads, num_sharing, size = out.shape[1:]
-        table = x.view(self.num_groups, num_kv_heads, self.width, num_sharing, size)
-        if self.slots is None:
-            out.unflatten(0, (self.num_groups, self.width)).copy_(table.transpose(1, 2))
-        else:
-            out.copy_(table.transpose(1, 2)[self.slots])
+    def by_row(self, x: Tensor, num_sharing: int) -> Tensor:
+        """What `by_group` takes from what it makes."""
+        table = x.view(self.num_groups, -1, self.width, num_sharing, x.shape[2]).transpose(1, 2)
+        rows = table if self.slots is None else table[self.slots]
+        return rows.reshape(-1, num_sharing, x.shape[2])
 
 
 class Prefix(NamedTuple):
@@ -68,39 +67,41 @@ def grouped_attention(
     """(R, H, Kv) outputs; reads the groups and lengths on the host."""
     num_rows, num_heads, head_size = q.shape
     dtype, num_kv_heads = accumulation_dtype(q.dtype), suffix_k.shape[1]
+    num_sharing = num_heads // num_kv_heads
     if num_rows == 0:
         return q.new_empty(0, num_heads, suffix_v.shape[3])
     places = places_of(row_groups, prefix_k.shape[0])
     prefix = visible_prefix(prefix_k, prefix_v, prefix_lengths, suffix_length, options.window)
+    has_prefix = prefix.keys.shape[2] > 0
     first = 0 if options.window is None else max(0, suffix_length - options.window)
     own_keys, own_values = (
         x[:, :, first:suffix_length].to(dtype).flatten(0, 1) for x in (suffix_k, suffix_v)
     )
-    queries = q.to(dtype).view(num_rows, num_kv_heads, -1, head_size)
+    queries = q.to(dtype).reshape(-1, num_sharing, head_size)
 
-    num_shared, num_own = prefix.keys.shape[2], own_keys.shape[1]
-    num_columns = num_shared + num_own + (sinks is not None)
-    scores = queries.new_empty(*queries.shape[:3], num_columns)
-    own_scores = _scores(queries.flatten(0, 1), own_keys, options)
-    scores[..., num_shared : num_shared + num_own] = own_scores.view(*queries.shape[:3], num_own)
-    if num_shared:
-        shared_scores = _scores(places.by_group(queries), prefix.keys.to(dtype), options)
+    # Scores turn into weights where they are: new memory costs a CPU more than a pass over old.
+    own = _scores(queries, own_keys, options)
+    largest = own.amax(-1, keepdim=True)  # (R * Hkv, h, 1)
+    if has_prefix:
+        shared = _scores(places.by_group(queries), prefix.keys.to(dtype), options)
         if prefix.hidden is not None:
-            by_group = shared_scores.view(prefix.hidden.shape[0], -1, num_shared)
+            by_group = shared.view(prefix.hidden.shape[0], -1, shared.shape[2])
             by_group.masked_fill_(prefix.hidden[:, None], -torch.inf)
-        places.write_rows(scores[..., :num_shared], shared_scores)
-    if sinks is not None:  # takes part in the denominator and has no value
-        scores[..., -1] = sinks.view(num_kv_heads, -1)
+        found = places.by_row(shared.amax(-1, keepdim=True), num_sharing)
+        largest = torch.maximum(largest, found)
+    if sinks is not None:
+        sink = sinks.to(dtype).view(num_kv_heads, num_sharing, 1).repeat(num_rows, 1, 1)
+        largest = torch.maximum(largest, sink)
 
-    probs = scores.softmax(-1)
-    own_probs = probs[..., num_shared : num_shared + num_own].flatten(0, 1)
-    out = torch.bmm(own_probs, own_values)
-    if num_shared:
-        shared = torch.empty_like(out).view(*queries.shape[:3], -1)
-        shared_probs = places.by_group(probs[..., :num_shared])
-        places.write_rows(shared, _weighted(shared_probs, prefix, dtype))
-        out += shared.view_as(out)
-    return out.view(num_rows, num_heads, -1).to(q.dtype)
+    own.sub_(largest).exp_()
+    total, out = own.sum(-1, keepdim=True), torch.bmm(own, own_values)
+    if has_prefix:
+        shared.sub_(places.by_group(largest)).exp_()
+        total += places.by_row(shared.sum(-1, keepdim=True), num_sharing)
+        out += places.by_row(_weighted(shared, prefix, dtype), num_sharing)
+    if sinks is not None:  # takes part in the denominator and has no value
+        total += sink.sub_(largest).exp_()
+    return out.div_(total).view(num_rows, num_heads, -1).to(q.dtype)
 
 
 def places_of(row_groups: Tensor, num_groups: int) -> Places:
