@@ -88,8 +88,14 @@ class RolloutConfig:
     """Drop tokens less likely than this fraction of the most likely one."""
     max_sampling_rounds: Count = 10
     """With dynamic sampling: how often prompts are sampled at most before a step is trained."""
-    engine: str = "generate"
-    """What samples: generate (transformers, one batch)."""
+    repetition_penalty: Positive = 1.0
+    """Divides positive logits of tokens that prompt or completion has already; 1 is none."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a completion, with the token that completes them."""
+    engine: str = "native"
+    """What samples: native (on the training weights) or generate (transformers, one batch)."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Options of the engine; kv_cache_gib of native is the most memory for keys and values."""
 
 
 @dataclass(frozen=True)

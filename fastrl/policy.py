@@ -23,6 +23,7 @@ from transformers import (
 
 from fastrl.config import ModelConfig
 from fastrl.errors import InputError, nearest
+from fastrl.integrations.capabilities import without_wrappers
 from fastrl.packing import Plan
 from fastrl.seeding import derive_seed
 from fastrl_kernels import LMHead
@@ -59,14 +60,20 @@ class Policy:
 
         Only those of `plan.source_index` count: the last layer leaves out what else it can.
         """
-        autocast = (
-            torch.autocast(self.device.type, torch.bfloat16)
-            if self.bf16
-            else contextlib.nullcontext()
-        )
-        with plan.attach(self.model, source_rows_only=True), autocast:
-            hidden = self.model.base_model(**plan.inputs).last_hidden_state[0]
+        with plan.attach(self.model, source_rows_only=True), self.autocast():
+            hidden = self.body(**plan.inputs).last_hidden_state[0]
         return hidden.to(self.lm_head.weight.dtype)
+
+    @property
+    def body(self) -> Any:
+        """The model without its head and without wrappers: input ids to final hidden states."""
+        return without_wrappers(self.model).base_model
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The arithmetic of the layers: bfloat16 where the config says so."""
+        if self.bf16:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
 
     @property
     def lm_head(self) -> LMHead:

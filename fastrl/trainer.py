@@ -108,7 +108,7 @@ class Trainer:
             first=config.warm_start.steps * config.warm_start.batch_size,
             max_pass_rate=method.max_pass_rate,
         )
-        self.engine = make_engine(config.rollout.engine, policy)
+        self.engine = make_engine(config.rollout.engine, policy, config.rollout.engine_args)
         self.sampling = Sampling(
             num_generations=config.rollout.num_generations,
             max_completion_length=config.rollout.max_completion_length,
@@ -116,6 +116,8 @@ class Trainer:
             top_p=config.rollout.top_p,
             top_k=config.rollout.top_k,
             min_p=config.rollout.min_p,
+            repetition_penalty=config.rollout.repetition_penalty,
+            stop_strings=config.rollout.stop_strings,
         )
         self.head_row_cost = head_row_cost(
             policy.model.config,

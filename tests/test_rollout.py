@@ -5,7 +5,7 @@ import torch
 
 from fastrl.errors import InputError
 from fastrl.rollout import Sampling, make_engine
-from fastrl.rollout.generate import _Sampler, truncate
+from fastrl.rollout.drawing import draw, pick, truncate
 from fastrl.types import Example, Prompts
 from tests.helpers import random_ids, tiny_policy
 
@@ -140,10 +140,38 @@ def test_recorded_logps_and_entropies_are_untruncated(policy):
 
 def test_tokens_that_the_model_excludes_leave_the_entropy_finite():
     """A logit of -inf has probability 0, and 0 * log 0 is 0."""
-    sampler = _Sampler(Sampling(1, 1), generator(), 4)
-    sampler(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[0.0, -torch.inf, 0.0, 5.0]]))
+    logits = torch.tensor([[0.0, -torch.inf, 0.0, 5.0]])
+    drawn = draw(logits, torch.tensor([0.5], dtype=torch.float64), Sampling(1, 1))
     kept = torch.tensor([0.0, 0.0, 5.0]).double().log_softmax(-1)
-    assert sampler.entropies.item() == pytest.approx(-float((kept.exp() * kept).sum()), abs=1e-6)
+    assert drawn.entropies.item() == pytest.approx(-float((kept.exp() * kept).sum()), abs=1e-6)
+
+
+@pytest.mark.parametrize("num_columns", [1, 7, 511, 512, 513, 1500])
+def test_a_number_picks_the_column_where_the_sums_pass_it(num_columns):
+    generator = torch.Generator().manual_seed(num_columns)
+    weights = torch.rand(64, num_columns, generator=generator).pow(8)
+    weights[:, ::3] = 0.0
+    weights[:, num_columns // 2] += 0.1
+    numbers = torch.rand(64, generator=generator, dtype=torch.float64)
+    numbers[:3] = torch.tensor([0.0, 1 - 2.0**-53, 0.5])
+    picked = pick(weights, numbers)
+    assert (weights.gather(1, picked[:, None]) > 0).all()
+    ends = weights.double().cumsum(1)
+    expected = torch.searchsorted(ends, (numbers * ends[:, -1])[:, None], right=True)[:, 0]
+    assert (picked[3:] == expected[3:]).all()
+    nonzero = weights[0].nonzero()[:, 0]
+    assert picked[0] == nonzero[0]
+    assert picked[1] == weights[1].nonzero()[-1, 0]
+
+
+def test_rows_are_drawn_alike_alone_and_together():
+    logits = torch.randn(40, 60_000, generator=torch.Generator().manual_seed(0)) * 4
+    numbers = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    together = draw(logits.clone(), numbers, Sampling(1, 1))
+    for row in (0, 17, 39):
+        alone = draw(logits[row : row + 1].clone(), numbers[row : row + 1], Sampling(1, 1))
+        assert alone.tokens[0] == together.tokens[row]
+        torch.testing.assert_close(alone.logps[0], together.logps[row], rtol=0, atol=1e-5)
 
 
 def test_training_mode_is_restored(policy):

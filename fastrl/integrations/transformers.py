@@ -6,7 +6,7 @@ Legend: N packed tokens, H heads, K head size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from fastrl.errors import InputError
-from fastrl.integrations.block import Block, current_block
+from fastrl.integrations.block import Block, KeepKeyValues, current_block
 from fastrl.integrations.capabilities import check_model, decoder_of, without_wrappers
 from fastrl.integrations.hybrids import calls_of_mixers, mixers_along_paths
 from fastrl.integrations.last_layer import last_layer_on_rows, rows_of_last_layer
@@ -28,31 +28,34 @@ _blocks: WeakKeyDictionary[nn.Module, Block] = WeakKeyDictionary()  # by the bod
 
 @contextmanager
 def segment_attention_enabled(
-    model: nn.Module, rows: Tensor | None = None, *, num_tokens: int = 0
-) -> Iterator[None]:
+    model: nn.Module, rows: Tensor | None = None, *, num_tokens: int = 0,
+    keep: KeepKeyValues | None = None,
+) -> Iterator[None]:  # fmt: skip
     """Within the block every layer of `model` that mixes tokens follows the segments of its call.
 
     One that did not by the block's end has mixed them its own way, which is an error.
     rows: of `num_tokens`, ascending, those whose hidden states are wanted; the last layer then
     leaves the others out where it can, and gives zeros for them. None: all.
+    keep: called with every layer of attention and its keys and values.
     """
     model = without_wrappers(model)
     check_model(model)
     assert isinstance(model, PreTrainedModel)
     with (
-        _attention_implementation(model),
+        attention_implementation(model, IMPLEMENTATION),
         mixers_along_paths(model),
         _recomputed_alike(model),
-        _every_layer_follows(model),
+        _every_layer_follows(model, keep),
         nullcontext() if rows is None else last_layer_on_rows(decoder_of(model), rows, num_tokens),
     ):
         yield
 
 
 @contextmanager
-def _attention_implementation(model: PreTrainedModel) -> Iterator[None]:
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """The model with another function for attention within the block."""
     previous = model.config._attn_implementation
-    model.set_attn_implementation(IMPLEMENTATION)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
@@ -63,7 +66,7 @@ def _attention_implementation(model: PreTrainedModel) -> Iterator[None]:
 def _recomputation(model: PreTrainedModel, block: Block) -> Iterator[None]:
     token = current_block.set(block)
     try:
-        with _attention_implementation(model), mixers_along_paths(model):
+        with attention_implementation(model, IMPLEMENTATION), mixers_along_paths(model):
             yield
     finally:
         current_block.reset(token)
@@ -96,9 +99,9 @@ def _recomputed_alike(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _every_layer_follows(model: PreTrainedModel) -> Iterator[None]:
+def _every_layer_follows(model: PreTrainedModel, keep: KeepKeyValues | None) -> Iterator[None]:
     """Refuse wrong inputs on the way in, and layers that went their own way on the way out."""
-    body, block = model.base_model, Block()
+    body, block = model.base_model, Block(keep=keep)
     outer = _blocks.get(body)
     hooks = (
         body.register_forward_pre_hook(_forward_begins, with_kwargs=True),
@@ -176,27 +179,20 @@ def _attention(
     s_aux: Tensor | None = None, segments: Segments | None = None, **rest: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """query (1, H, N, K), key and value (1, Hkv, N, K), as every transformers layer calls it."""
-    name = type(module).__name__
     if segments is None:
         raise RuntimeError(
-            f"{name} was called without segments: its model does not pass keyword "
+            f"{type(module).__name__} was called without segments: its model does not pass keyword "
             "arguments down to attention; use one that does"
         )
-    tensors = {what for what, given in rest.items() if isinstance(given, Tensor)}
-    unknown = sorted(tensors - {"position_ids", "cache_position"})
-    if attention_mask is not None or unknown:
-        raise RuntimeError(
-            f"{name} adds a mask or bias of its own ({', '.join(unknown) or 'attention_mask'}), "
-            "which a packed row lacks"
-        )
-    if rest.get("dropout") or rest.get("is_causal") is False:
-        raise RuntimeError(f"{name} asks for dropout or for attention in both directions")
+    refuse_extras(module, attention_mask, rest)
     rows = rows_of_last_layer()
     if rows is not None:
         query, key, value = rows.all_rows(query, key, value)
     block = current_block.get()
     if block is not None:
         block.windows.append(sliding_window)
+        if block.keep is not None:
+            block.keep(module, key, value)
     out = segment_attention(
         query[0].transpose(0, 1).to(value.dtype),  # autocast leaves rotated queries in float32
         key[0].transpose(0, 1).to(value.dtype),
@@ -208,6 +204,22 @@ def _attention(
         sinks=s_aux,
     )
     return (out if rows is None else out[rows.needed])[None], None
+
+
+def refuse_extras(
+    module: nn.Module, attention_mask: Tensor | None, rest: Mapping[str, Any]
+) -> None:
+    """Raise where a layer asks attention for more than causality, a window, a cap and sinks."""
+    name = type(module).__name__
+    tensors = {what for what, given in rest.items() if isinstance(given, Tensor)}
+    unknown = sorted(tensors - {"position_ids", "cache_position"})
+    if attention_mask is not None or unknown:
+        raise RuntimeError(
+            f"{name} adds a mask or bias of its own ({', '.join(unknown) or 'attention_mask'}), "
+            "which a packed row lacks"
+        )
+    if rest.get("dropout") or rest.get("is_causal") is False:
+        raise RuntimeError(f"{name} asks for dropout or for attention in both directions")
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

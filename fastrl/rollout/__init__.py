@@ -55,6 +55,7 @@ class Engine(Protocol):
 
 
 ENGINES = {
+    "native": "fastrl.rollout.native:NativeEngine",
     "generate": "fastrl.rollout.generate:GenerateEngine",
 }
 """Where the class of each engine lives: called with the policy and rollout.engine_args."""

@@ -1,0 +1,153 @@
+"""Sequences that were prefilled together: one copy of each prompt's keys and values for its group.
+
+The rows of a cohort have all drawn the same number of tokens, so their own keys and values fill the
+same columns of a block and need no mask.
+
+Legend: P prompts, R rows, Hkv key-value heads, K head size, L longest prompt, C most new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastrl.integrations.decoding import Layer
+from fastrl_kernels import decode_attention
+
+LIVE_SHARE = 0.75
+"""Share of a cohort's slots in use below which the others' memory is given back. Attention still
+goes through slots that have ended; all other layers leave them out at once."""
+
+
+@dataclass
+class KeyValues:
+    """Of one layer."""
+
+    prefix_k: Tensor  # (P, Hkv, L, K)
+    prefix_v: Tensor
+    suffix_k: Tensor  # (R, Hkv, C, K)
+    suffix_v: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the four."""
+        return sum(x.nbytes for x in (self.prefix_k, self.prefix_v, self.suffix_k, self.suffix_v))
+
+
+class Cohort:
+    """Keys and values of P prompts and of the completions that continue them, layer by layer."""
+
+    def __init__(
+        self, prefix_lengths: Sequence[int], num_rows: Sequence[int], *, max_new_tokens: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        """num_rows: sequences of each prompt; max_new_tokens: at most drawn by one of them."""
+        self.longest = max(prefix_lengths)
+        self.max_new_tokens = max_new_tokens
+        self.prefix_lengths = torch.tensor(prefix_lengths, dtype=torch.int32, device=device)
+        groups = torch.arange(len(prefix_lengths), dtype=torch.int32)
+        self.row_groups = groups.repeat_interleave(torch.tensor(num_rows)).to(device)  # (R,)
+        self.active = torch.arange(len(self.row_groups), device=device)  # slots that go on
+        self.num_new = 0  # columns of the suffix in use
+        self.layers: dict[nn.Module, KeyValues] = {}
+
+    @property
+    def num_slots(self) -> int:
+        """Rows that there is memory for."""
+        return len(self.row_groups)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that there is memory for, drawn or not."""
+        return len(self.prefix_lengths) * self.longest + self.num_slots * self.max_new_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all layers."""
+        return sum(layer.num_bytes for layer in self.layers.values())
+
+    @property
+    def positions(self) -> Tensor:
+        """(R,) int64: where the next token of each row that goes on stands in its sequence."""
+        return self.prefix_lengths[self.row_groups[self.active]].long() + self.num_new
+
+    def keep_prefix(
+        self, module: nn.Module, k: Tensor, v: Tensor, tokens_of: Mapping[int, slice]
+    ) -> None:
+        """Copy prompts out of a packed row, k and v (Hkv, N, K); tokens_of: where each is there."""
+        if module not in self.layers:
+            self.layers[module] = self._empty(k, v)
+        layer = self.layers[module]
+        for prompt, tokens in tokens_of.items():
+            length = tokens.stop - tokens.start
+            layer.prefix_k[prompt, :, :length] = k[:, tokens]
+            layer.prefix_v[prompt, :, :length] = v[:, tokens]
+
+    def _empty(self, k: Tensor, v: Tensor) -> KeyValues:
+        num_prompts = len(self.prefix_lengths)
+
+        def room(like: Tensor, num: int, length: int) -> Tensor:
+            return like.new_empty(num, like.shape[0], length, like.shape[2])
+
+        return KeyValues(
+            room(k, num_prompts, self.longest),
+            room(v, num_prompts, self.longest),
+            room(k, self.num_slots, self.max_new_tokens),
+            room(v, self.num_slots, self.max_new_tokens),
+        )
+
+    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Append k and v (R, Hkv, K) of the rows that go on, and attend with q (R, H, K)."""
+        kept = self.layers[layer.module]
+        new_k, new_v = kept.suffix_k[:, :, self.num_new], kept.suffix_v[:, :, self.num_new]
+        is_full = len(self.active) == self.num_slots
+        if is_full:
+            new_k.copy_(k)
+            new_v.copy_(v)
+        else:
+            new_k.index_copy_(0, self.active, k)
+            new_v.index_copy_(0, self.active, v)
+            q = q.new_zeros(self.num_slots, *q.shape[1:]).index_copy_(0, self.active, q)
+        out = decode_attention(
+            q,
+            kept.prefix_k,
+            kept.prefix_v,
+            kept.suffix_k,
+            kept.suffix_v,
+            row_groups=self.row_groups,
+            prefix_lengths=self.prefix_lengths,
+            suffix_length=self.num_new + 1,
+            scale=layer.scale,
+            window=layer.window,
+            softcap=layer.softcap,
+            sinks=layer.sinks,
+        )
+        return out if is_full else out[self.active]
+
+    def keep(self, goes_on: Tensor) -> None:
+        """Drop rows; goes_on: bool, one a row that went on so far."""
+        self.active = self.active[goes_on]
+        if 0 < len(self.active) < LIVE_SHARE * self.num_slots:
+            self._compact()
+
+    def _compact(self) -> None:
+        """Give back the memory of slots that have ended and of prompts without rows."""
+        prompts, groups = self.row_groups[self.active].unique(return_inverse=True)
+        prompts = prompts.long()
+        for layer in self.layers.values():
+            if len(prompts) < len(self.prefix_lengths):
+                layer.prefix_k = layer.prefix_k[prompts]
+                layer.prefix_v = layer.prefix_v[prompts]
+            layer.suffix_k = self._compacted(layer.suffix_k)
+            layer.suffix_v = self._compacted(layer.suffix_v)
+        self.prefix_lengths = self.prefix_lengths[prompts]
+        self.row_groups = groups.to(torch.int32)
+        self.active = torch.arange(len(groups), device=groups.device)
+
+    def _compacted(self, suffix: Tensor) -> Tensor:
+        kept = suffix.new_empty(len(self.active), *suffix.shape[1:])
+        kept[:, :, : self.num_new] = suffix[self.active, :, : self.num_new]
+        return kept

@@ -1,0 +1,92 @@
+"""From logits to tokens in the table, for the completions of one call of an engine.
+
+Legend: B completions, R rows that go on, C most tokens of one, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastrl.policy import Policy
+from fastrl.rollout import Sampling
+from fastrl.rollout.drawing import Drawn, draw
+from fastrl.rollout.randomness import Keys, uniforms
+from fastrl.rollout.stopping import StopStrings
+from fastrl.rollout.table import Rows, Table
+from fastrl.types import Prompts
+from fastrl_kernels.head_logits import head_logits
+
+LOGITS_AT_A_TIME = 2**26
+"""Values of logits in memory at once."""
+
+GoesOn = NDArray[np.bool_]
+"""(R,) whether a row has more to draw."""
+
+
+class Drawing:
+    """Draws the next token of rows of the table, writes it down and says which rows go on."""
+
+    def __init__(
+        self, policy: Policy, sampling: Sampling, keys: Keys, table: Table, prompts: Prompts
+    ) -> None:
+        """keys: (B,) of `completion_keys`; prompts: what a repetition penalty counts as said."""
+        self.sampling = sampling
+        self.keys = keys
+        self.table = table
+        self.head = policy.lm_head
+        self.ends = torch.tensor(policy.eos_token_ids, device=policy.device)
+        self.stop_strings = (
+            StopStrings(policy.tokenizer, sampling.stop_strings) if sampling.stop_strings else None
+        )
+        self.seen: Tensor | None = None  # (B, V) bool
+        if sampling.repetition_penalty != 1.0:
+            self.seen = self._said(prompts)
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by."""
+        return self.sampling.temperature or 1.0
+
+    def from_hidden(self, hidden: Tensor, rows: Rows) -> tuple[Tensor, GoesOn]:
+        """See `from_logits`; hidden (R, D) final hidden states."""
+        size = max(1, LOGITS_AT_A_TIME // self.head.num_columns)
+        hidden = hidden.to(self.head.weight.dtype)
+        parts = []
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            logits = head_logits(hidden[part], self.head, temperature=self.temperature)
+            parts.append(self._draw(logits, rows[part]))
+        return self._written(Drawn(*map(torch.cat, zip(*parts, strict=True))), rows)
+
+    def from_logits(self, logits: Tensor, rows: Rows) -> tuple[Tensor, GoesOn]:
+        """Draw a token of each row from its logits (R, V) over temperature: (R,) tokens."""
+        return self._written(self._draw(logits, rows), rows)
+
+    def _draw(self, logits: Tensor, rows: Rows) -> Drawn:
+        numbers = uniforms(self.keys[rows], self.table.lengths[rows])
+        seen = None if self.seen is None else self.seen[torch.from_numpy(rows)]
+        return draw(logits, numbers.to(logits.device), self.sampling, seen)
+
+    def _written(self, drawn: Drawn, rows: Rows) -> tuple[Tensor, GoesOn]:
+        table = self.table
+        table.append(rows, drawn)
+        ended = torch.isin(drawn.tokens, self.ends)
+        places = torch.from_numpy(rows).to(ended.device)
+        if self.stop_strings is not None:
+            lengths = torch.from_numpy(table.lengths[rows]).to(ended.device)
+            ended |= self.stop_strings.ended(table.ids[places], lengths)
+        if self.seen is not None:
+            self.seen[places, drawn.tokens] = True
+        table.finished[rows] = ended.cpu().numpy()
+        is_full = table.lengths[rows] == table.ids.shape[1]
+        return drawn.tokens, ~(table.finished[rows] | is_full)
+
+    def _said(self, prompts: Prompts) -> Tensor:
+        shape = (len(self.keys), self.head.num_columns)
+        seen = torch.zeros(shape, dtype=torch.bool, device=self.ends.device)
+        for prompt, rows in enumerate(seen.chunk(len(prompts))):
+            rows[:, prompts.token_ids[prompt].to(seen.device)] = True
+        return seen

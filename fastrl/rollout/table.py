@@ -1,0 +1,61 @@
+"""Everything that has been drawn so far, one line a completion.
+
+Legend: B completions, C most tokens of one, R rows that go on.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastrl.errors import NotFiniteError
+from fastrl.rollout.drawing import Drawn
+from fastrl.types import Prompts, Rollouts
+
+Rows = NDArray[np.int64]
+"""(R,) the rows b of some completions."""
+
+
+class Table:
+    """Tokens with what they were drawn from, (B, C) each, and how far each row is."""
+
+    def __init__(self, num_rows: int, num_columns: int, device: torch.device) -> None:
+        self.ids = torch.zeros(num_rows, num_columns, dtype=torch.int64, device=device)
+        self.logps, self.entropies, self.processed_logps = (
+            torch.zeros(num_rows, num_columns, device=device) for _ in range(3)
+        )
+        self.lengths = np.zeros(num_rows, dtype=np.int64)
+        self.finished = np.zeros(num_rows, dtype=bool)
+
+    def append(self, rows: Rows, drawn: Drawn) -> None:
+        """Write one token behind each of the rows."""
+        if not bool(torch.isfinite(drawn.logps).all()):
+            raise NotFiniteError("the model's logits are not finite; lower the learning rate")
+        place = tuple(torch.from_numpy(x).to(self.ids.device) for x in (rows, self.lengths[rows]))
+        self.ids[place] = drawn.tokens
+        self.logps[place] = drawn.logps
+        self.entropies[place] = drawn.entropies
+        self.processed_logps[place] = drawn.processed_logps
+        self.lengths[rows] += 1
+
+    def completion(self, row: int) -> Tensor:
+        """The tokens of one row so far."""
+        return self.ids[row, : self.lengths[row]].cpu()
+
+    def rollouts(self, prompts: Prompts, *, is_exact: bool) -> Rollouts:
+        """What came of the prompts; is_exact: tokens were drawn from the policy itself."""
+
+        def cut(table: Tensor) -> tuple[Tensor, ...]:
+            table = table.cpu()
+            return tuple(line[:n].clone() for line, n in zip(table, self.lengths, strict=True))
+
+        return Rollouts(
+            prompts=prompts,
+            completion_ids=cut(self.ids),
+            rollout_logps=cut(self.logps),
+            finished=torch.from_numpy(self.finished.copy()),
+            rollout_entropies=cut(self.entropies),
+            processed_logps=None if is_exact else cut(self.processed_logps),
+        )
