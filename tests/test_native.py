@@ -302,3 +302,25 @@ def test_bf16_arithmetic_samples_too(policy):
     ]  # fmt: skip
     assert len(same) > 5
     assert all(same)
+
+
+def test_a_budget_cuts_the_longest_completions_which_then_go_on(policy):
+    """With the same generator and weights the parts make up the completions of one call."""
+    engine, sampling = make_engine("native", policy), Sampling(4, 40, repetition_penalty=1.2)
+    prompts = prompts_of(LENGTHS)
+    whole = engine.generate(prompts, sampling, generator())
+    started, calls, ended = None, 0, []
+    while started is None or bool((~started.finished & (started.lengths < 40)).any()):
+        started = engine.advance(
+            prompts, sampling, generator(), started=started, max_tokens=60,
+            on_completion=lambda b, ids: ended.append(b),
+        )  # fmt: skip
+        calls += 1
+        going = ~started.finished & (started.lengths < 40)
+        assert (started.lengths[going] >= started.lengths.max() - 20).all() or calls > 1
+    assert calls > 3
+    assert_same(started, whole)
+    assert sorted(ended) == list(range(20))
+    assert engine.advance(prompts, sampling, generator(), started=whole).lengths.equal(
+        whole.lengths
+    )

@@ -5,9 +5,7 @@ Legend: B completions, R rows that go on, C most tokens of one, D hidden, V voca
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastrl.policy import Policy
@@ -22,12 +20,9 @@ from fastrl_kernels.head_logits import head_logits
 LOGITS_AT_A_TIME = 2**26
 """Values of logits in memory at once."""
 
-GoesOn = NDArray[np.bool_]
-"""(R,) whether a row has more to draw."""
-
 
 class Drawing:
-    """Draws the next token of rows of the table, writes it down and says which rows go on."""
+    """Draws the next token of rows of the table and writes down which of them have ended."""
 
     def __init__(
         self, policy: Policy, sampling: Sampling, keys: Keys, table: Table, prompts: Prompts
@@ -50,7 +45,7 @@ class Drawing:
         """What logits are divided by."""
         return self.sampling.temperature or 1.0
 
-    def from_hidden(self, hidden: Tensor, rows: Rows) -> tuple[Tensor, GoesOn]:
+    def from_hidden(self, hidden: Tensor, rows: Rows) -> Tensor:
         """See `from_logits`; hidden (R, D) final hidden states."""
         size = max(1, LOGITS_AT_A_TIME // self.head.num_columns)
         hidden = hidden.to(self.head.weight.dtype)
@@ -61,7 +56,7 @@ class Drawing:
             parts.append(self._draw(logits, rows[part]))
         return self._written(Drawn(*map(torch.cat, zip(*parts, strict=True))), rows)
 
-    def from_logits(self, logits: Tensor, rows: Rows) -> tuple[Tensor, GoesOn]:
+    def from_logits(self, logits: Tensor, rows: Rows) -> Tensor:
         """Draw a token of each row from its logits (R, V) over temperature: (R,) tokens."""
         return self._written(self._draw(logits, rows), rows)
 
@@ -70,7 +65,7 @@ class Drawing:
         seen = None if self.seen is None else self.seen[torch.from_numpy(rows)]
         return draw(logits, numbers.to(logits.device), self.sampling, seen)
 
-    def _written(self, drawn: Drawn, rows: Rows) -> tuple[Tensor, GoesOn]:
+    def _written(self, drawn: Drawn, rows: Rows) -> Tensor:
         table = self.table
         table.append(rows, drawn)
         ended = torch.isin(drawn.tokens, self.ends)
@@ -81,12 +76,13 @@ class Drawing:
         if self.seen is not None:
             self.seen[places, drawn.tokens] = True
         table.finished[rows] = ended.cpu().numpy()
-        is_full = table.lengths[rows] == table.ids.shape[1]
-        return drawn.tokens, ~(table.finished[rows] | is_full)
+        return drawn.tokens
 
     def _said(self, prompts: Prompts) -> Tensor:
         shape = (len(self.keys), self.head.num_columns)
         seen = torch.zeros(shape, dtype=torch.bool, device=self.ends.device)
         for prompt, rows in enumerate(seen.chunk(len(prompts))):
             rows[:, prompts.token_ids[prompt].to(seen.device)] = True
+        for row, length in enumerate(self.table.lengths):  # of an earlier call
+            seen[row, self.table.ids[row, :length]] = True
         return seen

@@ -81,7 +81,8 @@ class _Sampler(LogitsProcessor):
             return torch.full_like(scores, -torch.inf).scatter_(1, forced[:, None], 0.0)
         # Columns past the vocabulary are padding and must never be drawn.
         logits = scores[torch.from_numpy(self.rows), : drawing.head.num_columns].float()
-        tokens, goes_on = drawing.from_logits(logits.div_(drawing.temperature), self.rows)
+        tokens = drawing.from_logits(logits.div_(drawing.temperature), self.rows)
+        goes_on = drawing.table.goes_on[self.rows]
         forced[torch.from_numpy(self.rows)] = tokens
         if self.on_completion is not None:
             for row in self.rows[~goes_on].tolist():

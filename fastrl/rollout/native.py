@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastrl.errors import InputError
 from fastrl.integrations.decoding import decoding, has_state
@@ -51,7 +52,6 @@ class NativeEngine:
         self.peak_kv_bytes = 0
         """Most memory that keys and values took in the last call."""
 
-    @torch.no_grad()
     def generate(
         self, prompts: Prompts, sampling: Sampling, generator: torch.Generator,
         on_completion: OnCompletion | None = None,
@@ -61,23 +61,36 @@ class NativeEngine:
         Its random numbers belong to `generator`, its prompt and g; its logits are those of its own
         tokens, up to the rounding of matrix products of another size.
         """
+        return self.advance(prompts, sampling, generator, on_completion=on_completion)
+
+    @torch.no_grad()
+    def advance(
+        self, prompts: Prompts, sampling: Sampling, generator: torch.Generator, *,
+        started: Rollouts | None = None, max_tokens: int | None = None,
+        on_completion: OnCompletion | None = None,
+    ) -> Rollouts:  # fmt: skip
+        """Go on with completions of the same prompts, for so many tokens in all.
+
+        started: what an earlier call returned, its log-probabilities included, which stay what they
+        were. max_tokens: completions that have not ended by then are returned as they are: neither
+        finished nor of max_completion_length. None: until all have ended.
+        """
         G, C = sampling.num_generations, sampling.max_completion_length
-        rows = [range(p * G, (p + 1) * G) for p in range(len(prompts))]
-        requests = grouped(prompts.token_ids, rows)
         table = Table(len(prompts) * G, C, self.policy.device)
+        if started is not None:
+            table.start(started)
+        requests = _requests(prompts, table, G)
         keys = completion_keys(prompts, G, generator)
         drawing = Drawing(self.policy, sampling, keys, table, prompts)
+        loop = _Loop(drawing, self._room(requests, C), max_tokens, on_completion)
         with evaluating(self.policy.model), self.policy.autocast():
-            room = self._room(requests, C)
-            decoder: Decoder
             if self.has_state:
-                decoder = CachedDecoder(self.policy)
-                complete(decoder, requests, drawing, room, on_completion)
+                loop.complete(CachedDecoder(self.policy), requests)
             else:
-                decoder = packed = PackedDecoder(self.policy, C)
-                with decoding(self.policy.model, packed):
-                    complete(packed, requests, drawing, room, on_completion)
-        self.peak_kv_bytes = decoder.peak_bytes
+                decoder = PackedDecoder(self.policy, C)
+                with decoding(self.policy.model, decoder):
+                    loop.complete(decoder, requests)
+                self.peak_kv_bytes = decoder.peak_bytes
         return table.rollouts(prompts, is_exact=sampling.is_exact)
 
     def _room(self, requests: Sequence[Request], max_new_tokens: int) -> Room:
@@ -121,33 +134,59 @@ class Room(NamedTuple):
         return num
 
 
-def complete(
-    decoder: Decoder, requests: Sequence[Request], drawing: Drawing, room: Room,
-    on_completion: OnCompletion | None,
-) -> None:  # fmt: skip
-    """Decode until every completion has ended; requests start in their order as there is room."""
-    rows: Rows = np.zeros(0, dtype=np.int64)
-    tokens = drawing.table.ids.new_zeros(0)
-    waiting = list(requests)
-    while waiting or len(rows):
-        num_new = room.admitted(waiting, decoder)
-        if num_new:
-            new, waiting = waiting[:num_new], waiting[num_new:]
-            hidden = decoder.admit(new)
-            old = torch.ones(len(rows), dtype=torch.bool)
-            added = np.array([row for request in new for row in request.rows], dtype=np.int64)
-            first, goes_on = drawing.from_hidden(hidden, added)
-            rows, tokens = np.concatenate([rows, added]), torch.cat([tokens, first])
-            goes_on = np.concatenate([old.numpy(), goes_on])
-        else:
-            tokens, goes_on = drawing.from_hidden(decoder.step(tokens), rows)
-        if not goes_on.all():
-            if on_completion is not None:
-                for row in rows[~goes_on].tolist():
-                    on_completion(row, drawing.table.completion(row))
-            kept = torch.from_numpy(goes_on).to(tokens.device)
-            decoder.keep(kept)
-            rows, tokens = rows[goes_on], tokens[kept]
+class _Loop:
+    """Decodes step by step; requests start in their order, as soon as there is room."""
+
+    def __init__(
+        self, drawing: Drawing, room: Room, max_tokens: int | None,
+        on_completion: OnCompletion | None,
+    ) -> None:  # fmt: skip
+        self.drawing = drawing
+        self.room = room
+        self.max_tokens = max_tokens
+        self.on_completion = on_completion
+
+    def complete(self, decoder: Decoder, requests: Sequence[Request]) -> None:
+        """Until every completion has ended, or until max_tokens have been drawn."""
+        drawing, waiting, num_drawn = self.drawing, list(requests), 0
+        rows: Rows = np.zeros(0, dtype=np.int64)
+        tokens = drawing.table.ids.new_zeros(0)
+        while (waiting or len(rows)) and (self.max_tokens is None or num_drawn < self.max_tokens):
+            num_new = self.room.admitted(waiting, decoder)
+            if num_new:
+                new, waiting = waiting[:num_new], waiting[num_new:]
+                hidden = decoder.admit(new)
+                added = np.array([row for request in new for row in request.rows], dtype=np.int64)
+                first = drawing.from_hidden(hidden, added)
+                rows, tokens = np.concatenate([rows, added]), torch.cat([tokens, first])
+                num_drawn += len(added)
+            else:
+                tokens = drawing.from_hidden(decoder.step(tokens), rows)
+                num_drawn += len(rows)
+            rows, tokens = self._ended(decoder, rows, tokens)
+
+    def _ended(self, decoder: Decoder, rows: Rows, tokens: Tensor) -> tuple[Rows, Tensor]:
+        """Rows that have ended leave; the others with their last tokens."""
+        goes_on = self.drawing.table.goes_on[rows]
+        if goes_on.all():
+            return rows, tokens
+        if self.on_completion is not None:
+            for row in rows[~goes_on].tolist():
+                self.on_completion(row, self.drawing.table.completion(row))
+        kept = torch.from_numpy(goes_on).to(tokens.device)
+        decoder.keep(kept)
+        return rows[goes_on], tokens[kept]
+
+
+def _requests(prompts: Prompts, table: Table, num_generations: int) -> list[Request]:
+    """Rows that go on behind equal tokens are one request."""
+    prefixes, rows = [], []
+    for row in np.flatnonzero(table.goes_on).tolist():
+        prompt = prompts.token_ids[row // num_generations]
+        started = table.completion(row)
+        prefixes.append(torch.cat([prompt.cpu(), started]) if len(started) else prompt)
+        rows.append((row,))
+    return grouped(prefixes, rows)
 
 
 @contextmanager

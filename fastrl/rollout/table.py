@@ -29,6 +29,23 @@ class Table:
         self.lengths = np.zeros(num_rows, dtype=np.int64)
         self.finished = np.zeros(num_rows, dtype=bool)
 
+    def start(self, rollouts: Rollouts) -> None:
+        """Begin with what an earlier call has drawn, the same rows in the same order."""
+        recorded = rollouts.rollout_logps, rollouts.rollout_entropies, rollouts.processed_logps
+        tables = (self.logps, self.entropies, self.processed_logps)
+        for row, ids in enumerate(rollouts.completion_ids):
+            self.ids[row, : len(ids)] = ids
+            for table, values in zip(tables, recorded, strict=True):
+                if values is not None:
+                    table[row, : len(ids)] = values[row]
+        self.lengths[:] = rollouts.lengths.numpy()
+        self.finished[:] = rollouts.finished.numpy()
+
+    @property
+    def goes_on(self) -> NDArray[np.bool_]:
+        """(B,) the rows that have neither ended nor reached the limit."""
+        return ~self.finished & (self.lengths < self.ids.shape[1])
+
     def append(self, rows: Rows, drawn: Drawn) -> None:
         """Write one token behind each of the rows."""
         if not bool(torch.isfinite(drawn.logps).all()):
