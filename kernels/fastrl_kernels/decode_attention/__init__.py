@@ -1,11 +1,15 @@
 """Attention of one new token a sequence, where sequences of a group share a prefix."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from fastrl_kernels.decode_attention.op import decode_attention_op
 from fastrl_kernels.decode_attention.reference import decode_attention_reference
 from fastrl_kernels.implementation import choose_implementation
+
+LARGEST_HEAD = 256  # of the kernels
 
 __all__ = ["decode_attention", "decode_attention_reference"]
 
@@ -59,12 +63,25 @@ def decode_attention(
             f"sinks must have one value per head, shape ({q.shape[1]},) on {q.device}, got "
             f"{tuple(sinks.shape)} on {sinks.device}; pass None for none"
         )
-    implementation = choose_implementation(implementation, q)
+    implementation = _choose(implementation, q, suffix_v)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     return decode_attention_op(
         q, prefix_k, prefix_v, suffix_k, suffix_v, row_groups, prefix_lengths, suffix_length,
         on_device, sinks, scale, window, softcap, implementation,
     )  # fmt: skip
+
+
+def _choose(implementation: str, q: Tensor, suffix_v: Tensor) -> str:
+    """Name of the implementation to run; a choice that cannot be met raises."""
+    chosen = choose_implementation(implementation, q)
+    widest = max(q.shape[2], suffix_v.shape[3])
+    if chosen == "torch" or widest <= LARGEST_HEAD:
+        return chosen
+    obstacle = f"the kernels take heads of at most {LARGEST_HEAD}, not {widest}"
+    if implementation == "triton":
+        raise ValueError(f'implementation="triton" is impossible: {obstacle}; use "torch"')
+    warnings.warn(f"decode attention runs as torch: {obstacle}", stacklevel=3)
+    return "torch"
 
 
 def _suffix_length(suffix_length: int | Tensor, suffix_k: Tensor) -> tuple[int, Tensor | None]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels.decode_attention.grouped import Options, grouped_attention
+from fastrl_kernels.implementation import on_device
 
 
 @torch.library.custom_op("fastrl::decode_attention", mutates_args=())
@@ -29,6 +30,17 @@ def decode_attention_op(
 ) -> Tensor:
     """(R, H, Kv) outputs; the tensor's suffix length counts if there is one."""
     options = Options(scale, window, softcap)
+    if implementation == "triton":
+        from fastrl_kernels.decode_attention import launch  # triton may be missing
+
+        launch.check_readable(
+            prefix_k=prefix_k, prefix_v=prefix_v, suffix_k=suffix_k, suffix_v=suffix_v
+        )
+        with on_device(q):
+            return launch.forward(
+                q, prefix_k, prefix_v, suffix_k, suffix_v, row_groups, prefix_lengths,
+                suffix_length, suffix_length_on_device, sinks, options,
+            )  # fmt: skip
     if suffix_length_on_device is not None:
         suffix_length = int(suffix_length_on_device)
         if not 1 <= suffix_length <= suffix_k.shape[2]:
