@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 
 from fastrl.errors import InputError, nearest
 from fastrl.tasks.prompt import prompt_start
@@ -26,7 +25,7 @@ RewardFunction = Callable[
 ]
 """(examples, texts, completion_ids), one of each per completion -> one score each, or None."""
 
-LARGEST = torch.finfo(torch.float32).max
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def function_reward(spec: str) -> RewardFunction:
@@ -36,7 +35,11 @@ def function_reward(spec: str) -> RewardFunction:
     (text, or chat messages where the prompt is a chat), `completion_ids`, `answer` and every column
     of the examples, as lists with one entry per completion.
     """
-    function = load_function(spec)
+    return checked_function(load_function(spec), spec)
+
+
+def checked_function(function: Callable[..., Any], spec: str) -> RewardFunction:
+    """A user's function as a reward, which checks what it asks for and what it returns."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
@@ -169,7 +172,8 @@ def _accepted(parameters: Any, columns: dict[str, list[Any]], spec: str) -> dict
 
 def _checked_scores(output: Any, examples: Sequence[Example], spec: str) -> list[float | None]:
     """The returned scores as floats, after checking their number and each of them."""
-    values = output.tolist() if isinstance(output, np.ndarray | torch.Tensor) else output
+    # Arrays and tensors have `tolist`; torch itself is not imported where only rewards run.
+    values = output.tolist() if hasattr(output, "tolist") else output
     if not isinstance(values, list | tuple):
         raise InputError(
             f"the reward {spec!r} must return a list with one number or None per completion, got "

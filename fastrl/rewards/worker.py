@@ -1,0 +1,115 @@
+"""The process that calls rewards, and that may be killed at any moment."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import pickle
+import signal
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+
+from fastrl.errors import InputError
+from fastrl.rewards.calls import Answer, Call, Failure, Ready, Unloadable
+from fastrl.rewards.channel import Channel
+from fastrl.rewards.function import RewardFunction
+from fastrl.rewards.load import load_function_of
+from fastrl.tasks import Task
+from fastrl.types import Example
+
+PROGRESS = struct.Struct("=dq")  # when the current call of a batch began (monotonic), and which
+ANSWER_SECONDS = 0.005  # answers are kept this long at most, so that little is lost with a worker
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+def work(
+    channel: Channel, progress: mmap.mmap, specs: Sequence[str], task: Task | None, parent: int
+) -> None:
+    """Load the rewards, then answer batches of calls until the supervisor hangs up."""
+    os.setsid()  # so that what a reward starts is killed with it
+    _die_with(parent)
+    _be_first_out_of_memory()
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a kill loses less
+    try:
+        rewards = [load_function_of(spec, task) for spec in specs]
+    except Exception as error:
+        channel.send(Unloadable(failure_of(error)))
+        return
+    channel.send(Ready(tuple(reward.is_deterministic for reward in rewards)))
+    functions = [reward.function for reward in rewards]
+    with suppress(EOFError):
+        while True:
+            for calls in channel.receive():
+                _answer_all(channel, progress, functions, calls)
+
+
+def failure_of(error: Exception) -> Failure:
+    """What can be told of an exception in another process."""
+    lines = traceback.format_exception(error)
+    return Failure(str(error), "".join(lines)[-10_000:], isinstance(error, InputError))
+
+
+def _answer_all(
+    channel: Channel,
+    progress: mmap.mmap,
+    functions: Sequence[RewardFunction],
+    calls: Sequence[Call],
+) -> None:
+    answers: list[Answer] = []
+    sent = time.monotonic()
+    for index, call in enumerate(calls):
+        now = time.monotonic()
+        if now - sent > ANSWER_SECONDS:
+            channel.send(answers)
+            answers, sent = [], now
+        PROGRESS.pack_into(progress, 0, now, index)
+        answers.append(_answer(functions[call.reward], call))
+    channel.send(answers)
+
+
+def _answer(function: RewardFunction, call: Call) -> Answer:
+    try:
+        scores = function(_examples(call), call.texts, call.completion_ids)
+    except MemoryError:
+        os._exit(1)  # a crash: this process may lack what it takes to go on
+    except Exception as error:
+        if isinstance(error.__cause__, MemoryError):
+            os._exit(1)
+        return Answer(call.tickets, (), failure=failure_of(error))
+    return Answer(call.tickets, tuple(scores))
+
+
+def _examples(call: Call) -> list[Example]:
+    loaded: dict[bytes, Example] = {}
+    for data in call.examples:
+        if data not in loaded:
+            try:
+                loaded[data] = pickle.loads(data)
+            except Exception as error:
+                raise InputError(
+                    f"an example cannot be read in a reward worker: {type(error).__name__}: "
+                    f"{error}; let its columns hold plain data"
+                ) from error
+    return [loaded[data] for data in call.examples]
+
+
+def _die_with(parent: int) -> None:
+    """Let the kernel kill this process when its parent is gone, whatever it is doing then."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before it was asked for
+        os._exit(1)
+
+
+def _be_first_out_of_memory() -> None:
+    """A reward that takes all memory should not cost the training process its life."""
+    if sys.platform == "linux":
+        with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")

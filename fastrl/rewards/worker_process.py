@@ -1,0 +1,115 @@
+"""A worker as its supervisor sees it: what it was given, how far it is, and its end."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+from fastrl.rewards.calls import Answer, Call, Ready, Settings, Unloadable
+from fastrl.rewards.channel import Channel
+from fastrl.rewards.worker import PROGRESS, work
+from fastrl.tasks import Task
+
+
+class Closable(Protocol):
+    """A socket, a channel or a selector."""
+
+    def close(self) -> None: ...
+
+
+class WorkerProcess:
+    """A worker and the batch of calls it works on."""
+
+    def __init__(
+        self, pid: int, channel: Channel, progress: mmap.mmap, load_seconds: float
+    ) -> None:
+        self.pid = pid
+        self.channel = channel
+        self.calls: list[Call] = []
+        self.num_answered = 0
+        self.is_loading = True
+        self.has_hung_up = False
+        self._progress = progress  # memory that the worker writes to, see PROGRESS
+        self._load_deadline = time.monotonic() + load_seconds
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it can take calls."""
+        return not self.is_loading and self.num_answered == len(self.calls)
+
+    @property
+    def current(self) -> int:
+        """Which call of its batch it works on, or has just answered."""
+        index: int = PROGRESS.unpack_from(self._progress)[1]
+        return index
+
+    def deadline(self, timeout_s: float) -> float | None:
+        """When it is late (monotonic seconds); None where nothing is asked of it."""
+        if self.is_loading:
+            return self._load_deadline
+        if self.is_idle:
+            return None
+        started: float = PROGRESS.unpack_from(self._progress)[0]
+        return started + timeout_s
+
+    def give(self, calls: list[Call]) -> None:
+        """Let it work on these."""
+        self.calls, self.num_answered = calls, 0
+        PROGRESS.pack_into(self._progress, 0, time.monotonic(), 0)
+        with suppress(ConnectionError):  # its death will be noticed
+            self.channel.send(calls)
+
+    def read(self) -> list[list[Answer] | Ready | Unloadable]:
+        """All that it has said since."""
+        messages: list[Any] = []
+        try:
+            while received := self.channel.receive():
+                messages += received
+        except EOFError:
+            self.has_hung_up = True
+        for message in messages:
+            if isinstance(message, Ready):
+                self.is_loading = False
+            elif isinstance(message, list):
+                self.num_answered += len(message)
+        return messages
+
+    def kill(self) -> None:
+        """End it and all that it started, without asking: a reward can refuse any request."""
+        for kill in (os.kill, os.killpg):  # its group is its own once it has begun to work
+            with suppress(ProcessLookupError, PermissionError):
+                kill(self.pid, signal.SIGKILL)
+
+
+def start_worker(
+    settings: Settings, task: Task | None, others: Sequence[Closable]
+) -> WorkerProcess:
+    """A fork of this process, which has one thread, no torch and nothing of the user's.
+
+    others: what the worker has no business with.
+    """
+    ours, theirs = socket.socketpair()
+    progress = mmap.mmap(-1, mmap.PAGESIZE)
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(signal.set_wakeup_fd(-1))
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for item in (ours, *others):
+                item.close()
+            work(Channel(theirs), progress, settings.specs, task, parent)
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    theirs.close()
+    ours.setblocking(False)
+    return WorkerProcess(pid, Channel(ours), progress, settings.load_seconds)
