@@ -49,14 +49,20 @@ def _line(row: dict[str, Any], base: dict[str, Any], *, is_first: bool) -> str:
         row["case"] if is_first else "",
         row["implementation"],
         f"{_significant(row['p50_ms'])} ({times})",
-        f"{row['p50_ms'] / base['p50_ms']:.2f}x",
+        _ratio(row["p50_ms"], base["p50_ms"]),
     ]
     if row["peak_bytes"] is None or base["peak_bytes"] is None:
         cells += ["", ""]
     else:
         cells.append(f"{row['peak_bytes'] / 2**20:.0f}")
-        cells.append(f"{row['peak_bytes'] / base['peak_bytes']:.2f}x")
+        cells.append(_ratio(row["peak_bytes"], base["peak_bytes"]))
     return f"| {' | '.join(cells)} |"
+
+
+def _ratio(value: float, base: float) -> str:
+    """Two decimals, or two digits where these say nothing."""
+    ratio = value / base
+    return f"{ratio:.2f}x" if ratio >= 0.1 else f"{ratio:.2g}x"
 
 
 def _significant(value: float) -> str:

@@ -76,7 +76,7 @@ class NativeEngine:
         finished nor of max_completion_length. None: until all have ended.
         """
         G, C = sampling.num_generations, sampling.max_completion_length
-        table = Table(len(prompts) * G, C, self.policy.device)
+        table = self.new_table(len(prompts) * G, C)
         if started is not None:
             table.start(started)
         requests = _requests(prompts, table, G)
@@ -92,6 +92,10 @@ class NativeEngine:
                     loop.complete(decoder, requests)
                 self.peak_kv_bytes = decoder.peak_bytes
         return table.rollouts(prompts, is_exact=sampling.is_exact)
+
+    def new_table(self, num_rows: int, num_columns: int) -> Table:
+        """Where a call writes what it draws, which decides who goes on."""
+        return Table(num_rows, num_columns, self.policy.device)
 
     def _room(self, requests: Sequence[Request], max_new_tokens: int) -> Room:
         """The budget in tokens; every request fits in it alone."""
