@@ -62,7 +62,7 @@ def _line(row: dict[str, Any], base: dict[str, Any], *, is_first: bool) -> str:
 def _ratio(value: float, base: float) -> str:
     """Two decimals, or two digits where these say nothing."""
     ratio = value / base
-    return f"{ratio:.2f}x" if ratio >= 0.1 else f"{ratio:.2g}x"
+    return f"{ratio:.2f}x" if ratio >= 0.095 else f"{ratio:.2g}x"
 
 
 def _significant(value: float) -> str:

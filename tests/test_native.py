@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 from fastrl.errors import InputError, NotFiniteError
 from fastrl.policy import Policy
 from fastrl.rollout import Sampling, make_engine
+from fastrl.rollout.graphed import GraphedDecoder
 from fastrl.rollout.native import GIB, NativeEngine
 from fastrl.rollout.stopping import StopStrings
 from fastrl.types import Example, Prompts
@@ -111,6 +112,42 @@ def test_every_family_decodes_as_generate_does(model_type):
     ours = make_engine("native", policy).generate(prompts, sampling, generator())
     theirs = make_engine("generate", policy).generate(prompts, sampling, generator())
     assert_same(ours, theirs, atol=2e-4)
+
+
+class Steady(NativeEngine):
+    """Steps as a graph would hold them, run one operation after the other."""
+
+    def _decoder(self, max_new_tokens):
+        return GraphedDecoder(self.policy, max_new_tokens, capture=False)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("budget", [None, 3e-4])
+def test_steps_of_constant_shape_draw_the_same(model_type, budget):
+    fields = {"model_type": model_type, **FAMILIES[model_type]}
+    policy = many_ends(tiny_policy(**fields))
+    sampling, prompts = Sampling(4, 30), prompts_of(LENGTHS)
+    theirs = NativeEngine(policy).generate(prompts, sampling, generator())
+    ours = Steady(policy, kv_cache_gib=budget).generate(prompts, sampling, generator())
+    assert_same(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_gpu_samples_from_what_a_forward_pass_says(cuda_graphs):
+    policy = tiny_policy(dtype=torch.float32)
+    policy = many_ends(Policy(policy.model.cuda(), policy.tokenizer))
+    engine = make_engine("native", policy, {"cuda_graphs": cuda_graphs})
+    made = torch.Generator("cuda").manual_seed(0)
+    rollouts = engine.generate(prompts_of(LENGTHS), Sampling(4, 40), made)
+    for b, completion in enumerate(rollouts.completion_ids):
+        ids = torch.cat([rollouts.prompts.token_ids[b // 4], completion]).cuda()
+        with torch.no_grad():
+            logits = policy.model(input_ids=ids[None]).logits[0].double().cpu()
+        table = logits[-len(completion) - 1 : -1].log_softmax(-1)
+        expected = table.gather(1, completion[:, None])[:, 0].float()
+        torch.testing.assert_close(rollouts.rollout_logps[b], expected, rtol=0, atol=5e-3)
 
 
 def test_hybrids_take_prompts_of_any_length():
@@ -236,6 +273,8 @@ def test_what_cannot_be_done_is_refused(policy):
         make_engine("native", policy, {"kv_cache_gib": 0})
     with pytest.raises(InputError, match=r"engine_args do not fit engine 'native'.*cache"):
         make_engine("native", policy, {"cache": 1})
+    with pytest.raises(InputError, match=r"cuda_graphs needs .* on a GPU, got .* on cpu"):
+        make_engine("native", policy, {"cuda_graphs": True})
     hybrid = tiny_policy(model_type="lfm2", **HYBRIDS["lfm2"])
     with pytest.raises(InputError, match=r"keeps other states too"):
         make_engine("native", hybrid, {"kv_cache_gib": 1.0})
@@ -282,6 +321,46 @@ def test_an_adapter_is_sampled_with(policy):
     with adapted.model.disable_adapter():
         off = make_engine("native", adapted).generate(prompts_of(LENGTHS), sampling, generator())
     assert not torch.equal(off.rollout_logps[0][:1], ours.rollout_logps[0][:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_folded_and_taken_out_to_the_bit(policy, dtype):
+    peft = pytest.importorskip("peft")
+    plain = tiny_policy(dtype=dtype)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    adapted = many_ends(Policy(peft.get_peft_model(plain.model, config), plain.tokenizer))
+    before = {name: x.clone() for name, x in adapted.model.state_dict().items()}
+    sampling, rollouts = Sampling(3, 10), {}
+    for fold in (True, False):
+        engine = make_engine("native", adapted, {"fold_adapters": fold})
+        rollouts[fold] = engine.generate(prompts_of(LENGTHS), sampling, generator())
+    assert all(torch.equal(x, before[name]) for name, x in adapted.model.state_dict().items())
+    assert not any(getattr(m, "merged", False) for m in adapted.model.modules())
+    if dtype == torch.float32:
+        assert_same(rollouts[True], rollouts[False], atol=2e-4)
+    with adapted.model.disable_adapter():
+        off = make_engine("native", adapted, {"fold_adapters": True})
+        off = off.generate(prompts_of(LENGTHS), sampling, generator())
+        theirs = make_engine("generate", adapted)
+        theirs = theirs.generate(prompts_of(LENGTHS), sampling, generator())
+    if dtype == torch.float32:
+        assert_same(off, theirs)
+
+
+def test_a_weight_that_would_round_an_adapter_is_not_folded(policy):
+    peft = pytest.importorskip("peft")
+    plain = tiny_policy()
+    adapted = Policy(
+        peft.get_peft_model(plain.model, peft.LoraConfig(r=2, target_modules=["q_proj"])),
+        plain.tokenizer,
+    )
+    base = adapted.model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    base.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    engine = make_engine("native", adapted, {"fold_adapters": True})
+    with pytest.raises(
+        InputError, match=r"plain floating-point weights, got Parameter of torch.uint8"
+    ):
+        engine.generate(prompts_of([3]), Sampling(1, 2), generator())
 
 
 def test_bf16_arithmetic_samples_too(policy):

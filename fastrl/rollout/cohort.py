@@ -52,6 +52,8 @@ class Cohort:
         self.row_groups = groups.repeat_interleave(torch.tensor(num_rows)).to(device)  # (R,)
         self.active = torch.arange(len(self.row_groups), device=device)  # slots that go on
         self.num_new = 0  # columns of the suffix in use
+        self.counter: Tensor | None = None
+        """(), int32: num_new where a recorded graph of operations can read it."""
         self.layers: dict[nn.Module, KeyValues] = {}
 
     @property
@@ -100,8 +102,16 @@ class Cohort:
         )
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Append k and v (R, Hkv, K) of the rows that go on, and attend with q (R, H, K)."""
+        """Append k and v (R, Hkv, K) of the rows that go on, and attend with q (R, H, K).
+
+        With a `counter` the rows are those of all slots.
+        """
         kept = self.layers[layer.module]
+        if self.counter is not None:
+            column = self.counter.long()[None]
+            kept.suffix_k.index_copy_(2, column, k[:, :, None])
+            kept.suffix_v.index_copy_(2, column, v[:, :, None])
+            return self._attend(layer, q, self.counter + 1)
         new_k, new_v = kept.suffix_k[:, :, self.num_new], kept.suffix_v[:, :, self.num_new]
         is_full = len(self.active) == self.num_slots
         if is_full:
@@ -111,7 +121,12 @@ class Cohort:
             new_k.index_copy_(0, self.active, k)
             new_v.index_copy_(0, self.active, v)
             q = q.new_zeros(self.num_slots, *q.shape[1:]).index_copy_(0, self.active, q)
-        out = decode_attention(
+        out = self._attend(layer, q, self.num_new + 1)
+        return out if is_full else out[self.active]
+
+    def _attend(self, layer: Layer, q: Tensor, suffix_length: int | Tensor) -> Tensor:
+        kept = self.layers[layer.module]
+        return decode_attention(
             q,
             kept.prefix_k,
             kept.prefix_v,
@@ -119,13 +134,18 @@ class Cohort:
             kept.suffix_v,
             row_groups=self.row_groups,
             prefix_lengths=self.prefix_lengths,
-            suffix_length=self.num_new + 1,
+            suffix_length=suffix_length,
             scale=layer.scale,
             window=layer.window,
             softcap=layer.softcap,
             sinks=layer.sinks,
         )
-        return out if is_full else out[self.active]
+
+    def advance(self) -> None:
+        """One more column of the suffix is in use."""
+        self.num_new += 1
+        if self.counter is not None:
+            self.counter += 1
 
     def keep(self, goes_on: Tensor) -> None:
         """Drop rows; goes_on: bool, one a row that went on so far."""

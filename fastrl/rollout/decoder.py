@@ -123,7 +123,7 @@ class PackedDecoder:
         positions = torch.cat([cohort.positions for cohort in self.cohorts])
         hidden: Tensor = self.policy.body(**decode_inputs(tokens, positions)).last_hidden_state[0]
         for cohort in self.cohorts:
-            cohort.num_new += 1
+            cohort.advance()
         return hidden
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

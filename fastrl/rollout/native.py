@@ -7,7 +7,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from fastrl.errors import InputError
 from fastrl.integrations.decoding import decoding, has_state
+from fastrl.integrations.folding import folded_adapters
 from fastrl.policy import Policy
 from fastrl.rollout import OnCompletion, Sampling
 from fastrl.rollout.cached import CachedDecoder
 from fastrl.rollout.decoder import Decoder, PackedDecoder, bytes_per_token
 from fastrl.rollout.draws import Drawing
+from fastrl.rollout.graphed import GraphedDecoder
 from fastrl.rollout.randomness import completion_keys
 from fastrl.rollout.requests import Request, grouped
 from fastrl.rollout.table import Rows, Table
@@ -33,12 +35,17 @@ class NativeEngine:
     """Decodes with the model that is trained: no second copy of weights, nothing to synchronise.
 
     kv_cache_gib: the most memory that keys and values may take; prompts wait for room. None: all
-    prompts of a call at once.
+    prompts of a call at once. fold_adapters: sample with adapters folded into the weights, which
+    get their own bits back; one product for three, for a copy of the adapted weights. cuda_graphs:
+    replay steps instead of launching their kernels one by one; needs a GPU and is untested on one.
     """
 
     shares_weights = True
 
-    def __init__(self, policy: Policy, *, kv_cache_gib: float | None = None) -> None:
+    def __init__(
+        self, policy: Policy, *, kv_cache_gib: float | None = None, fold_adapters: bool = False,
+        cuda_graphs: bool = False,
+    ) -> None:  # fmt: skip
         self.has_state = has_state(policy.model)
         if self.has_state and kv_cache_gib is not None:
             raise InputError(
@@ -49,6 +56,13 @@ class NativeEngine:
             raise InputError(f"kv_cache_gib must be positive, got {kv_cache_gib}")
         self.policy = policy
         self.kv_cache_gib = kv_cache_gib
+        if cuda_graphs and (policy.device.type != "cuda" or self.has_state):
+            raise InputError(
+                "cuda_graphs needs a model of attention layers on a GPU, got "
+                f"{type(policy.model).__name__} on {policy.device}; remove it"
+            )
+        self.fold_adapters = fold_adapters
+        self.cuda_graphs = cuda_graphs
         self.peak_kv_bytes = 0
         """Most memory that keys and values took in the last call."""
 
@@ -81,14 +95,16 @@ class NativeEngine:
             table.start(started)
         requests = _requests(prompts, table, G)
         keys = completion_keys(prompts, G, generator)
-        drawing = Drawing(self.policy, sampling, keys, table, prompts)
-        loop = _Loop(drawing, self._room(requests, C), max_tokens, on_completion)
-        with evaluating(self.policy.model), self.policy.autocast():
+        model = self.policy.model
+        folded = folded_adapters(model) if self.fold_adapters else nullcontext()
+        with evaluating(model), folded, self.policy.autocast():
+            drawing = Drawing(self.policy, sampling, keys, table, prompts)
+            loop = _Loop(drawing, self._room(requests, C), max_tokens, on_completion)
             if self.has_state:
                 loop.complete(CachedDecoder(self.policy), requests)
             else:
-                decoder = PackedDecoder(self.policy, C)
-                with decoding(self.policy.model, decoder):
+                decoder = self._decoder(C)
+                with decoding(model, decoder):
                     loop.complete(decoder, requests)
                 self.peak_kv_bytes = decoder.peak_bytes
         return table.rollouts(prompts, is_exact=sampling.is_exact)
@@ -96,6 +112,11 @@ class NativeEngine:
     def new_table(self, num_rows: int, num_columns: int) -> Table:
         """Where a call writes what it draws, which decides who goes on."""
         return Table(num_rows, num_columns, self.policy.device)
+
+    def _decoder(self, max_new_tokens: int) -> PackedDecoder:
+        if self.cuda_graphs:
+            return GraphedDecoder(self.policy, max_new_tokens, capture=True)
+        return PackedDecoder(self.policy, max_new_tokens)
 
     def _room(self, requests: Sequence[Request], max_new_tokens: int) -> Room:
         """The budget in tokens; every request fits in it alone."""
