@@ -28,8 +28,8 @@ def all_logps(policy: Policy, rollouts: Rollouts, sampling: Sampling, b: int) ->
     """(C, V) float64 log_softmax(logits / temperature) of row b, from a plain forward pass."""
     prompt = rollouts.prompts.token_ids[b // sampling.num_generations]
     with torch.no_grad():
-        ids = torch.cat([prompt, rollouts.completion_ids[b]])[None]
-        logits = policy.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        ids = torch.cat([prompt, rollouts.completion_ids[b]])[None].to(policy.device)
+        logits = policy.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].cpu()
     return (logits.double() / (sampling.temperature or 1.0)).log_softmax(-1)
 
 

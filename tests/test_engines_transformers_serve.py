@@ -32,14 +32,14 @@ START_SECONDS = 120
 
 
 def character_tokenizer():
-    """One token a character: text has only one way of being tokens."""
+    """One token a character: text has only one way of being tokens, and lacks only the end."""
     characters = string.ascii_letters + string.digits
-    vocab = {"<|end|>": 0, "<|pad|>": 1} | {c: n + 2 for n, c in enumerate(characters)}
+    vocab = {"<|end|>": 0} | {c: n + 1 for n, c in enumerate(characters)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>"
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
     )
 
 
@@ -47,12 +47,11 @@ def character_tokenizer():
 def policy():
     tokenizer = character_tokenizer()
     model = tiny_model(
-        vocab_size=len(tokenizer), dtype=torch.float32, eos_token_id=0, pad_token_id=1,
+        vocab_size=len(tokenizer), dtype=torch.float32, eos_token_id=0, pad_token_id=0,
         max_position_embeddings=256,
     )  # fmt: skip
     with torch.no_grad():
         model.lm_head.weight[0] *= 2.0  # ends are drawn now and then
-        model.lm_head.weight[1] = 0.0  # a pad is no text
     return Policy(model, tokenizer)
 
 
@@ -93,7 +92,7 @@ def wait_until_healthy(process, address, log):
 
 
 def engine_of(policy, served, **settings):
-    generation_config = {"eos_token_id": 0, "pad_token_id": 1, "top_k": 0, **settings}
+    generation_config = {"eos_token_id": 0, "pad_token_id": 0, "top_k": 0, **settings}
     url, name = served
     return HTTPEngine(
         policy, url=url, model=name, logps="none", timeout_s=60,

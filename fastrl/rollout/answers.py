@@ -101,11 +101,16 @@ class Answers:
         return torch.tensor(ids, dtype=torch.int64)
 
     def _check_text(self, text: Any, ids: Tensor) -> None:
-        """White space, and bytes that are no character yet, are written in several ways."""
+        """White space, and bytes that are no character yet, are written in several ways.
+
+        A server may also keep back an unfinished character of the completion's end, or put the
+        prompt's before its start.
+        """
         if not isinstance(text, str):
             return
         own = self._tokenizer.decode(ids, skip_special_tokens=False)
-        if not _essence(own).startswith(_essence(text)):
+        expected, found = _essence(own), _essence(text)
+        if not (expected.startswith(found) or found.endswith(expected)):
             raise self._wrong(
                 f"text {text[:80]!r} for tokens that are {own[:80]!r} to the policy; its tokenizer "
                 "is another one"

@@ -121,8 +121,9 @@ class HTTPEngine:
     def _requests(
         self, prompts: Prompts, sampling: Sampling, generator: torch.Generator
     ) -> tuple[list[Asked], list[dict[str, Any]]]:
-        """One request a prompt, or one a completion where the server knows only plain ones."""
-        at_once = 1 if self.logps == "none" else sampling.num_generations
+        """One request a prompt, or one a completion where n > 1 is ignored or refused."""
+        is_single = self.logps == "none" or sampling.temperature == 0.0
+        at_once = 1 if is_single else sampling.num_generations
         asked = [
             Asked(b // sampling.num_generations, range(b, b + at_once))
             for b in range(0, len(prompts) * sampling.num_generations, at_once)
@@ -130,20 +131,24 @@ class HTTPEngine:
         seeds = torch.randint(
             2**31, (len(asked),), generator=generator, device=generator.device
         ).tolist()
-        make = self._plain_body if self.logps == "none" else self._body
-        bodies = [
-            {**make(prompts.token_ids[request.prompt], sampling), "seed": seed, **self.extra_body}
-            for request, seed in zip(asked, seeds, strict=True)
-        ]
+        bodies = []
+        for request, seed in zip(asked, seeds, strict=True):
+            ids = prompts.token_ids[request.prompt]
+            body = (
+                self._plain_body(ids, sampling)
+                if self.logps == "none"
+                else self._body(ids, sampling, at_once)
+            )
+            bodies.append({**body, "seed": seed, **self.extra_body})
         return asked, bodies
 
-    def _body(self, ids: Tensor, sampling: Sampling) -> dict[str, Any]:
+    def _body(self, ids: Tensor, sampling: Sampling, at_once: int) -> dict[str, Any]:
         """Everything is said: what is left open a server fills in from its model's own settings."""
         sampled = sampling.temperature > 0.0  # truncation leaves the most likely token as it is
         return {
             "model": self.model,
             "prompt": ids.tolist(),
-            "n": sampling.num_generations,
+            "n": at_once,
             "max_tokens": sampling.max_completion_length,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p if sampled else 1.0,
