@@ -2,9 +2,10 @@
 
 python benchmarks/bench_step.py [--quick] [--json PATH] [--steps N] [--rounds N]
 
-Both train the same model, warm-started on the demo task, with the same prompts and verifier, G = 8, two optimizer steps for each batch of completions, AdamW, clip-higher, token mean, no KL. TRL
-runs on one device batch of all completions, its fastest setting here. Blocks of steps take turns.
-The mean length of completions is reported for both: neither works on shorter ones.
+Both train the same model, warm-started on the demo task, with the same prompts and verifier, G = 8,
+two optimizer steps for each batch of completions, AdamW, clip-higher, token mean, no KL. TRL runs
+on one device batch of all completions, its fastest setting here. Blocks of steps take turns. The
+mean length of completions is reported for both: neither works on shorter ones.
 """
 
 from __future__ import annotations
