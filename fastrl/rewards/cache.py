@@ -37,15 +37,15 @@ class ScoreCache:
             self._scores.popitem(last=False)
 
 
-def score_key(spec: str, example: bytes, text: str, completion_ids: Sequence[int]) -> bytes:
-    """A hash of reward, example and completion; each part has its length in front."""
-    hashed = blake2b(digest_size=20)
-    for part in (
-        spec.encode(),
-        example,
-        text.encode("utf-8", "surrogatepass"),
-        struct.pack(f"={len(completion_ids)}q", *completion_ids),
-    ):
-        hashed.update(struct.pack("=q", len(part)))
-        hashed.update(part)
-    return hashed.digest()
+def score_key(reward: int, example: bytes, text: str, completion_ids: Sequence[int]) -> bytes:
+    """A hash of reward, example and completion.
+
+    reward: its position; example: a hash of fixed length.
+    """
+    head = struct.pack(f"=2q{len(completion_ids)}q", reward, len(completion_ids), *completion_ids)
+    return hash_of(head + example + text.encode("utf-8", "surrogatepass"))
+
+
+def hash_of(data: bytes) -> bytes:
+    """20 bytes that no other data has."""
+    return blake2b(data, digest_size=20).digest()

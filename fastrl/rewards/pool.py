@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NamedTuple
 
 from fastrl.errors import InputError
-from fastrl.rewards.cache import ScoreCache, score_key
-from fastrl.rewards.calls import Answer, Call, Failure, Ready, Settings, Unloadable
+from fastrl.rewards.cache import ScoreCache
+from fastrl.rewards.calls import Call, Failure, Ready, Settings, Unloadable
 from fastrl.rewards.load import is_user_function, named_weights
+from fastrl.rewards.round import Round, Score
 from fastrl.rewards.score import examples_of, weighted_total
 from fastrl.rewards.supervisor_process import SupervisorProcess
 from fastrl.tasks import Task
@@ -26,31 +25,10 @@ from fastrl.types import Example, Rewards, Rollouts, StepMetrics
 LOAD_SECONDS = 300.0
 """How long the imports of a user's file may take, which are no call."""
 
-
-class Asked(NamedTuple):
-    """A score that was asked for."""
-
-    reward: int
-    rows: list[int]  # every completion it is the score of
-    key: bytes | None  # under which the cache will keep it; None where it will not
-
-
-@dataclass
-class Round:
-    """What became of the completions submitted since the last collect."""
-
-    examples: dict[int, Example] = field(default_factory=dict)  # by row
-    pickled: dict[int, bytes] = field(default_factory=dict)  # by id of an example in `examples`
-    scores: dict[tuple[int, int], float | None] = field(default_factory=dict)  # by reward and row
-    ended: dict[tuple[int, int], str] = field(default_factory=dict)  # likewise: timeout or crash
-    failures: dict[tuple[int, int], Failure] = field(default_factory=dict)
-    asked: dict[int, Asked] = field(default_factory=dict)  # by ticket
-    tickets: dict[bytes, int] = field(default_factory=dict)  # of what the cache will keep
-    # Calls of users' functions that wait for the prompt's other completions: by reward and prompt,
-    # then by row.
-    groups: dict[tuple[int, int], dict[int, Call]] = field(default_factory=dict)
-    arrived: dict[int, int] = field(default_factory=dict)  # completions of each prompt so far
-    num_cache_hits: int = 0
+QUICK = ("task", "exact")
+"""Rewards of microseconds, which wait for each other: a message would take longer than the call."""
+QUICK_CALLS = 64
+QUICK_SECONDS = 0.01
 
 
 class RewardPool:
@@ -114,29 +92,32 @@ class RewardPool:
         A row comes once a round. Nothing is waited for, save that the first call of all waits for
         the rewards to load.
         """
-        self._await_ready()
+        is_deterministic = self._await_ready()
         current = self._round
-        assert row not in current.examples, f"row {row} was submitted before"
-        current.examples[row] = example
-        pickled = self._pickled(example)
+        pickled = current.add(row, example)
         prompt = row // num_generations
+        current.arrived[prompt] = current.arrived.get(prompt, 0) + 1
+        is_complete = current.arrived[prompt] == num_generations
         calls = []
         for reward, spec in enumerate(self._specs):
             ids = list(completion_ids) if is_user_function(spec) else []
-            ticket = self._ticket(reward, row, pickled, text, ids)
-            if ticket is None:
-                continue
-            call = Call(reward, (ticket,), (pickled,), (text,), (ids,))
-            if is_user_function(spec):
-                current.groups.setdefault((reward, prompt), {})[row] = call
-            else:
-                calls.append(call)
-        current.arrived[prompt] = current.arrived.get(prompt, 0) + 1
-        if current.arrived[prompt] == num_generations:
-            groups = [current.groups.pop((r, prompt), {}) for r in range(len(self._specs))]
-            calls += [_together(group) for group in groups if group]
-        if calls:
-            self._supervisor.send(calls)
+            score, key = Score(reward, row), None
+            if is_deterministic[reward]:
+                key = current.new_key(score, self._cache, pickled.digest, text, ids)
+            if key is not None or not is_deterministic[reward]:
+                current.ask(self._next_ticket, score, key)
+                one = (self._next_ticket,), (pickled.data,), (text,), (ids,)
+                self._next_ticket += 1
+                if is_user_function(spec):
+                    group = current.groups.setdefault((reward, prompt), {})
+                    group[row] = Call(reward, True, *one)
+                elif spec in QUICK:
+                    current.quick.setdefault(reward, []).append(Call(reward, False, *one))
+                else:
+                    calls.append(Call(reward, False, *one))
+            if is_complete:
+                calls += current.pop_group(reward, prompt)
+        self._send(calls)
 
     def collect(self) -> Rewards:
         """The rewards of all rows submitted since the last collect, 0 .. B-1, in their order."""
@@ -144,17 +125,18 @@ class RewardPool:
         current = self._round
         assert sorted(current.examples) == list(range(len(current.examples))), "rows are missing"
         try:
-            if current.groups:  # of prompts with fewer completions than was said
-                self._supervisor.send([_together(group) for group in current.groups.values()])
+            # Prompts with fewer completions than was said.
+            groups = [current.pop_group(*which) for which in list(current.groups)]
+            self._send([call for group in groups for call in group], is_last=True)
             while current.asked:
                 self._receive()
         finally:
             self._round = Round()
-        self._metrics = self._counted(current, time.perf_counter() - started)
+        self._metrics = current.metrics(time.perf_counter() - started)
         self._raise_first(current)
         examples = [current.examples[row] for row in range(len(current.examples))]
         scores = {
-            name: [current.scores[reward, row] for row in range(len(examples))]
+            name: [current.scores[Score(reward, row)] for row in range(len(examples))]
             for reward, (name, _) in enumerate(self._names)
         }
         failed = frozenset(row for _, row in current.ended)
@@ -193,44 +175,20 @@ class RewardPool:
     ) -> None:  # fmt: skip
         self.close()
 
-    def _ticket(
-        self, reward: int, row: int, example: bytes, text: str, ids: list[int]
-    ) -> int | None:
-        """A number for a score that must be computed; None where it is known or on its way."""
-        assert self._is_deterministic is not None
-        current, key = self._round, None
-        if self._is_deterministic[reward]:
-            key = score_key(self._specs[reward], example, text, ids)
-            if key in self._cache:
-                current.scores[reward, row] = self._cache.get(key)
-                current.num_cache_hits += 1
-                return None
-            if key in current.tickets:
-                current.asked[current.tickets[key]].rows.append(row)
-                current.num_cache_hits += 1
-                return None
-        ticket = self._next_ticket
-        self._next_ticket += 1
-        current.asked[ticket] = Asked(reward, [row], key)
-        if key is not None:
-            current.tickets[key] = ticket
-        return ticket
+    def _send(self, calls: list[Call], *, is_last: bool = False) -> None:
+        """Calls, and the quick ones once they are many, have waited or are the last."""
+        current, now = self._round, time.monotonic()
+        num_quick = sum(map(len, current.quick.values()))
+        if is_last or num_quick >= QUICK_CALLS or now > current.quick_sent + QUICK_SECONDS:
+            calls = calls + current.pop_quick(now)
+        if calls:
+            self._supervisor.send(calls)
 
-    def _pickled(self, example: Example) -> bytes:
-        known = self._round.pickled
-        if id(example) not in known:
-            try:
-                known[id(example)] = pickle.dumps(example, protocol=pickle.HIGHEST_PROTOCOL)
-            except (pickle.PicklingError, AttributeError, TypeError) as error:
-                raise InputError(
-                    f"the example with the prompt {prompt_start(example.prompt)} cannot be sent to "
-                    f"a reward worker: {error}; let its columns hold plain data"
-                ) from error
-        return known[id(example)]
-
-    def _await_ready(self) -> None:
+    def _await_ready(self) -> tuple[bool, ...]:
+        """Of each reward, whether it is deterministic, which its worker knows."""
         while self._is_deterministic is None:
             self._receive()
+        return self._is_deterministic
 
     def _receive(self) -> None:
         is_loading = self._is_deterministic is None
@@ -242,50 +200,14 @@ class RewardPool:
                 raise _exception(message.failure, "loading the rewards failed")
             else:
                 for answer in message:
-                    self._take(answer)
-
-    def _take(self, answer: Answer) -> None:
-        """Enter an answer for every row that waits for it; those of an abandoned round are lost."""
-        current = self._round
-        for position, ticket in enumerate(answer.tickets):
-            asked = current.asked.pop(ticket, None)
-            if asked is None:
-                continue
-            if asked.key is not None:
-                del current.tickets[asked.key]
-            score = answer.scores[position] if answer.failure is None else None
-            if asked.key is not None and answer.failure is None and not answer.ended:
-                self._cache.put(asked.key, score)
-            for row in asked.rows:
-                current.scores[asked.reward, row] = score
-                if answer.ended:
-                    current.ended[asked.reward, row] = answer.ended
-                if answer.failure is not None:
-                    current.failures[asked.reward, row] = answer.failure
-
-    def _counted(self, current: Round, seconds: float) -> StepMetrics:
-        ended = list(current.ended.values())
-        return {
-            "rewards/timeouts": float(ended.count("timeout")),
-            "rewards/crashes": float(ended.count("crash")),
-            "rewards/cache_hits": float(current.num_cache_hits),
-            "time/score_wait": seconds,
-        }
+                    self._round.enter(answer, self._cache)
 
     def _raise_first(self, current: Round) -> None:
         """The exception that a single process would have met first, whatever the timing was."""
         if current.failures:
-            reward, row = min(current.failures)
-            what = f"the reward {self._specs[reward]!r} failed"
-            raise _exception(current.failures[reward, row], what)
-
-
-def _together(group: Mapping[int, Call]) -> Call:
-    """One call for the completions of several, in the order of their rows."""
-    calls = [group[row] for row in sorted(group)]
-    columns = list(zip(*(call[1:] for call in calls), strict=True))
-    tickets, examples, texts, ids = (tuple(x[0] for x in column) for column in columns)
-    return Call(calls[0].reward, tickets, examples, texts, ids)
+            first = min(current.failures)
+            what = f"the reward {self._specs[first.reward]!r} failed"
+            raise _exception(current.failures[first], what)
 
 
 def _exception(failure: Failure, what: str) -> Exception:

@@ -17,13 +17,13 @@ from collections import deque
 from contextlib import suppress
 
 from fastrl.errors import InputError
-from fastrl.rewards.calls import Answer, Call, Failure, Ready, Settings, Unloadable
+from fastrl.rewards.calls import Answer, Call, Failure, Ready, Settings, Unloadable, lost
 from fastrl.rewards.channel import Channel
 from fastrl.rewards.worker import failure_of
-from fastrl.rewards.worker_process import Closable, WorkerProcess, start_worker
+from fastrl.rewards.worker_process import NOT_BEGUN, Closable, WorkerProcess, start_worker
 from fastrl.tasks import Task
 
-LOAD_ATTEMPTS = 3  # how many workers in a row may die while they load
+LOAD_ATTEMPTS = 3  # how many workers in a row may end before they make a call
 BATCH = 64  # calls sent to a worker at a time, at most
 STOP_SECONDS = 2.0  # for killed workers to be gone
 
@@ -71,7 +71,7 @@ class Supervisor:
         self.task = task
         self.waiting: deque[Call] = deque()
         self.workers: dict[int, WorkerProcess] = {}  # by process id
-        self.failed_loads = 0
+        self.failed_starts = 0
         self.is_ready = False
         self.is_unloadable = False
         self.selector = selectors.DefaultSelector()
@@ -124,13 +124,13 @@ class Supervisor:
         """Pass on what a worker says."""
         for message in worker.read():
             if isinstance(message, Ready):
-                self.failed_loads = 0
                 if not self.is_ready:
                     self.is_ready = True
                     self.pool.send(message)
             elif isinstance(message, Unloadable):
                 self._give_up(message.failure)
-            elif message:
+            else:
+                self.failed_starts = 0
                 self.pool.send(message)
         if worker.has_hung_up:
             self._end(worker, "crash")
@@ -161,39 +161,33 @@ class Supervisor:
 
     def _end(self, worker: WorkerProcess, cause: str) -> None:
         """Kill a worker; its current call is to blame, the others of its batch begin anew."""
-        index = worker.current
+        current = worker.current
         worker.kill()
         del self.workers[worker.pid]
         self.selector.unregister(worker.channel)
         worker.channel.close()
         if worker.is_loading:
-            self._count_failed_load(cause)
+            self._count_failed_start(is_late=cause == "timeout")
             return
-        again: list[Call] = []
-        for position, call in enumerate(worker.calls[worker.num_answered :], worker.num_answered):
-            if position != index:
-                again.append(call)
-            elif len(call.tickets) > 1:
-                again.extend(call.parts())  # one of them is to blame
-            else:
-                self.pool.send([Answer(call.tickets, (None,), ended=cause)])
+        if current == NOT_BEGUN and not worker.is_idle:
+            self._count_failed_start(is_late=False)
+        again, guilty = lost(worker.calls, worker.num_answered, current)
+        if guilty:
+            self.pool.send([Answer(guilty, (None,), ended=cause)])
         self.waiting.extendleft(reversed(again))
 
-    def _count_failed_load(self, cause: str) -> None:
-        self.failed_loads += 1
-        if cause == "crash" and self.failed_loads < LOAD_ATTEMPTS:
+    def _count_failed_start(self, *, is_late: bool) -> None:
+        """A worker ended before it made a call: try another, but not for ever."""
+        self.failed_starts += 1
+        if not is_late and self.failed_starts < LOAD_ATTEMPTS:
             self._add_worker()
-        else:
-            how = (
-                f"took over {self.settings.load_seconds:g} s"
-                if cause == "timeout"
-                else "ended the process"
-            )
-            error = InputError(
-                f"loading the rewards {', '.join(self.settings.specs)} {how}; keep what their "
-                "files do on import short and safe"
-            )
-            self._give_up(failure_of(error))
+            return
+        how = f"took over {self.settings.load_seconds:g} s" if is_late else "ended the process"
+        error = InputError(
+            f"loading the rewards {', '.join(self.settings.specs)} {how}; keep what their files do "
+            "on import short and safe"
+        )
+        self._give_up(failure_of(error))
 
     def _give_up(self, failure: Failure) -> None:
         self.is_unloadable = True
@@ -203,12 +197,25 @@ class Supervisor:
         """Calls to idle workers, and one more worker where all are busy."""
         for worker in self.workers.values():
             if self.waiting and worker.is_idle:
-                share = -(-len(self.waiting) // (2 * self.settings.num_workers))
-                worker.give([self.waiting.popleft() for _ in range(min(share, BATCH))])
+                worker.give(self._share())
         is_loading = any(worker.is_loading for worker in self.workers.values())
         has_room = len(self.workers) < self.settings.num_workers
         if self.waiting and has_room and not is_loading and not self.is_unloadable:
             self._add_worker()
+
+    def _share(self) -> list[Call]:
+        """The next calls, so many that they keep one worker about as busy as the others."""
+        num_waiting = sum(call.num_calls for call in self.waiting)
+        room = min(-(-num_waiting // (2 * self.settings.num_workers)), BATCH)
+        share = []
+        while room > 0 and self.waiting:
+            call = self.waiting.popleft()
+            if call.num_calls > room:
+                self.waiting.appendleft(call.rows(room))
+                call = call.rows(0, room)
+            share.append(call)
+            room -= call.num_calls
+        return share
 
     def _add_worker(self) -> None:
         others: list[Closable] = [self.pool, self.deaths, self.selector]

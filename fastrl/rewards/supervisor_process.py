@@ -13,7 +13,9 @@ from typing import Any
 from fastrl.errors import InputError
 from fastrl.rewards.calls import Settings
 from fastrl.rewards.channel import Channel
+from fastrl.rewards.supervisor import LOAD_ATTEMPTS
 
+START_SECONDS = 300.0  # for what a supervisor loads before its workers
 STOP_SECONDS = 5.0  # for a supervisor that was told to end to have ended
 COMMAND = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -44,7 +46,7 @@ class SupervisorProcess:
         self.channel = Channel(ours)
         self.close = weakref.finalize(self, _stop, process, self.channel)
         self._process = process
-        self._load_seconds = 2 * settings.load_seconds  # a worker's and what comes before
+        self._start_seconds = START_SECONDS + LOAD_ATTEMPTS * settings.load_seconds
         self.channel.send(settings)
 
     def send(self, message: Any) -> None:
@@ -56,12 +58,13 @@ class SupervisorProcess:
 
     def receive(self, *, is_loading: bool = False) -> list[Any]:
         """The messages of one read, waiting for it; while it loads, not for ever."""
-        self.channel.socket.settimeout(self._load_seconds if is_loading else None)
+        self.channel.socket.settimeout(self._start_seconds if is_loading else None)
         try:
             return self.channel.receive()
         except TimeoutError as error:
             raise InputError(
-                f"the task of the reward 'task' took over {self._load_seconds:g} s to load"
+                f"the reward workers took over {self._start_seconds:g} s to start; the task of the "
+                "reward 'task' may be slow to load"
             ) from error
         except EOFError as error:
             raise self._ended() from error

@@ -55,27 +55,58 @@ def failure_of(error: Exception) -> Failure:
     return Failure(str(error), "".join(lines)[-10_000:], isinstance(error, InputError))
 
 
+class _Answers:
+    """Answers on their way to the supervisor, a few at a time."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._kept: list[Answer] = []
+        self._sent = time.monotonic()
+
+    def add(self, answer: Answer) -> None:
+        """Keep an answer, with the scores before it if it is scores."""
+        if self._kept and answer.failure is None and self._kept[-1].failure is None:
+            last = self._kept.pop()
+            answer = Answer(last.tickets + answer.tickets, last.scores + answer.scores)
+        self._kept.append(answer)
+
+    def send(self, now: float) -> None:
+        """Send what is there."""
+        if self._kept:
+            self._channel.send(self._kept)
+        self._kept, self._sent = [], now
+
+    def send_if_old(self, now: float) -> None:
+        """Send what is there unless that was done a moment ago."""
+        if now - self._sent > ANSWER_SECONDS:
+            self.send(now)
+
+
 def _answer_all(
     channel: Channel,
     progress: mmap.mmap,
     functions: Sequence[RewardFunction],
     calls: Sequence[Call],
 ) -> None:
-    answers: list[Answer] = []
-    sent = time.monotonic()
-    for index, call in enumerate(calls):
-        now = time.monotonic()
-        if now - sent > ANSWER_SECONDS:
-            channel.send(answers)
-            answers, sent = [], now
-        PROGRESS.pack_into(progress, 0, now, index)
-        answers.append(_answer(functions[call.reward], call))
-    channel.send(answers)
+    """Make the calls one after the other, noting each before it is made."""
+    answers = _Answers(channel)
+    position = 0
+    for call in calls:
+        loaded: dict[bytes, Example] = {}
+        width = len(call.tickets) if call.is_together else 1
+        for start in range(0, len(call.tickets), width):
+            now = time.monotonic()
+            answers.send_if_old(now)
+            PROGRESS.pack_into(progress, 0, now, position)
+            answers.add(_answer(functions[call.reward], call.rows(start, start + width), loaded))
+            position += width
+    answers.send(time.monotonic())
 
 
-def _answer(function: RewardFunction, call: Call) -> Answer:
+def _answer(function: RewardFunction, call: Call, loaded: dict[bytes, Example]) -> Answer:
     try:
-        scores = function(_examples(call), call.texts, call.completion_ids)
+        examples = [_example(data, loaded) for data in call.examples]
+        scores = function(examples, call.texts, call.completion_ids)
     except MemoryError:
         os._exit(1)  # a crash: this process may lack what it takes to go on
     except Exception as error:
@@ -85,18 +116,16 @@ def _answer(function: RewardFunction, call: Call) -> Answer:
     return Answer(call.tickets, tuple(scores))
 
 
-def _examples(call: Call) -> list[Example]:
-    loaded: dict[bytes, Example] = {}
-    for data in call.examples:
-        if data not in loaded:
-            try:
-                loaded[data] = pickle.loads(data)
-            except Exception as error:
-                raise InputError(
-                    f"an example cannot be read in a reward worker: {type(error).__name__}: "
-                    f"{error}; let its columns hold plain data"
-                ) from error
-    return [loaded[data] for data in call.examples]
+def _example(data: bytes, loaded: dict[bytes, Example]) -> Example:
+    if data not in loaded:
+        try:
+            loaded[data] = pickle.loads(data)
+        except Exception as error:
+            raise InputError(
+                f"an example cannot be read in a reward worker: {type(error).__name__}: {error}; "
+                "let its columns hold plain data"
+            ) from error
+    return loaded[data]
 
 
 def _die_with(parent: int) -> None:

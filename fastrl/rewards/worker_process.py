@@ -17,6 +17,8 @@ from fastrl.rewards.channel import Channel
 from fastrl.rewards.worker import PROGRESS, work
 from fastrl.tasks import Task
 
+NOT_BEGUN = -1
+
 
 class Closable(Protocol):
     """A socket, a channel or a selector."""
@@ -33,7 +35,8 @@ class WorkerProcess:
         self.pid = pid
         self.channel = channel
         self.calls: list[Call] = []
-        self.num_answered = 0
+        self.num_answered = 0  # completions
+        self._num_given = 0  # likewise
         self.is_loading = True
         self.has_hung_up = False
         self._progress = progress  # memory that the worker writes to, see PROGRESS
@@ -42,11 +45,14 @@ class WorkerProcess:
     @property
     def is_idle(self) -> bool:
         """Whether it can take calls."""
-        return not self.is_loading and self.num_answered == len(self.calls)
+        return not self.is_loading and self.num_answered == self._num_given
 
     @property
     def current(self) -> int:
-        """Which call of its batch it works on, or has just answered."""
+        """The first completion, of all of its batch, of the call it makes or has just made.
+
+        NOT_BEGUN where it has yet to make one.
+        """
         index: int = PROGRESS.unpack_from(self._progress)[1]
         return index
 
@@ -62,7 +68,8 @@ class WorkerProcess:
     def give(self, calls: list[Call]) -> None:
         """Let it work on these."""
         self.calls, self.num_answered = calls, 0
-        PROGRESS.pack_into(self._progress, 0, time.monotonic(), 0)
+        self._num_given = sum(len(call.tickets) for call in calls)
+        PROGRESS.pack_into(self._progress, 0, time.monotonic(), NOT_BEGUN)
         with suppress(ConnectionError):  # its death will be noticed
             self.channel.send(calls)
 
@@ -78,7 +85,7 @@ class WorkerProcess:
             if isinstance(message, Ready):
                 self.is_loading = False
             elif isinstance(message, list):
-                self.num_answered += len(message)
+                self.num_answered += sum(len(answer.tickets) for answer in message)
         return messages
 
     def kill(self) -> None:

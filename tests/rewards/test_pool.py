@@ -12,6 +12,7 @@ import torch
 from fastrl.errors import InputError
 from fastrl.rewards import RewardPool, load_rewards, score_completions
 from fastrl.rewards.cache import ScoreCache, score_key
+from fastrl.rewards.calls import Call, joined, lost
 from fastrl.tasks import load_task
 from fastrl.types import Example, Prompts, Rollouts
 
@@ -148,14 +149,42 @@ def test_the_cache_forgets_what_was_not_used_for_longest():
 
 def test_different_scores_have_different_keys():
     parts = [
-        ("m", b"ab", "c", [1]),
-        ("m", b"a", "bc", [1]),
-        ("m", b"ab", "c", [1, 1]),
-        ("m", b"ab", "c", []),
-        ("n", b"ab", "c", [1]),
-        ("m", b"ab", "\ud800", [1]),
+        (0, b"ab", "c", [1]),
+        (0, b"ac", "bc", [1]),
+        (0, b"ab", "c", [1, 1]),
+        (0, b"ab", "c", []),
+        (1, b"ab", "c", [1]),
+        (0, b"ab", "\ud800", [1]),
     ]
     assert len({score_key(*part) for part in parts}) == len(parts)
+
+
+def call(tickets, is_together=False):
+    return Call(0, is_together, *(tuple(kind(x) for x in tickets) for kind in KINDS))
+
+
+KINDS = (int, lambda x: str(x).encode(), str, lambda x: [x])
+
+
+@pytest.mark.parametrize(
+    ("num_answered", "current", "again", "guilty"),
+    [
+        (0, -1, [([1, 2, 3], False), ([4, 5], True), ([6], True)], ()),  # nothing begun
+        (0, 0, [([2, 3], False), ([4, 5], True), ([6], True)], (1,)),
+        (1, 2, [([2], False), ([4, 5], True), ([6], True)], (3,)),
+        (3, 3, [([4, 5], False), ([6], True)], ()),  # one of two
+        (1, 3, [([2, 3], False), ([4, 5], False), ([6], True)], ()),  # answers were lost too
+        (3, 2, [([4, 5], True), ([6], True)], ()),  # between two calls
+        (5, 5, [], (6,)),
+        (6, 5, [], ()),
+    ],
+)
+def test_what_a_lost_worker_leaves(num_answered, current, again, guilty):
+    batch = [call([1, 2, 3]), call([4, 5], is_together=True), call([6], is_together=True)]
+    found = lost(batch, num_answered, current)
+    assert found.again == [call(*arguments) for arguments in again]
+    assert found.guilty == guilty
+    assert joined([call([1]), call([2, 3])], is_together=True) == call([1, 2, 3], is_together=True)
 
 
 def test_none_is_nan_and_must_not_be_everything(source):

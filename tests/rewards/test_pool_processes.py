@@ -154,6 +154,18 @@ def test_the_end_of_the_supervisor_ends_workers_and_is_told(source, tmp_path):
             os.kill(child, signal.SIGKILL)
 
 
+def test_a_worker_that_is_killed_while_idle_is_replaced(source):
+    with RewardPool([f"{source}:process"], None, None, num_workers=1, timeout_s=60.0) as pool:
+        seen = set()
+        for _ in range(5):
+            pool.submit(0, Example("q"), "x", [0], num_generations=1)
+            worker = int(pool.collect().total.item())
+            assert pool.metrics["rewards/crashes"] == 0
+            seen.add(worker)
+            os.kill(worker, signal.SIGKILL)
+        assert len(seen) == 5
+
+
 def test_a_pool_in_a_thread(source):
     scores = []
 
