@@ -25,24 +25,30 @@ GROUP_BLOCK = 1024  # rows whose groups are counted at a time
 
 
 class Tile(NamedTuple):
-    """Columns at a time, and how many threads work on them."""
+    """Shape of a tile of scores, and how many threads work on it."""
 
+    queries: int
+    """At most."""
     columns: int
     num_warps: int
+    """Of up to 32 queries; twice as many of more."""
     num_stages: int
+    max_registers: int | None = None
+    """Of a thread, where the assembler would take fewer and spill; None: its own choice."""
 
-    @property
-    def threads(self) -> dict[str, int]:
+    def threads(self, num_queries: int) -> dict[str, int]:
         """The launch's own keywords."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        num_warps = self.num_warps * (2 if num_queries > 32 else 1)
+        threads = {"num_warps": num_warps, "num_stages": self.num_stages}
+        return threads if self.max_registers is None else {**threads, "maxnreg": self.max_registers}
 
 
-# By the larger head size and the queries of a tile: the largest tiles whose registers and shared
-# memory suffice on sm_80, sm_90, sm_100 and sm_120 without spills (benchmarks/kernel_resources.py);
-# not yet tuned on a device.
-HALF_TILES = {64: Tile(64, 4, 3), 128: Tile(64, 4, 2), 256: Tile(32, 4, 2)}
-WIDE_TILES = {64: Tile(32, 4, 2), 128: Tile(32, 8, 1), 256: Tile(16, 8, 1)}
-INTERPRETED_TILE = Tile(16, 4, 1)
+# By the larger head size: the largest tiles whose registers and shared memory suffice on sm_80,
+# sm_90, sm_100 and sm_120 without spills (benchmarks/kernel_resources.py); not yet tuned on a
+# device. Without tensor cores more queries in a tile save nothing.
+HALF_TILES = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 2, 255)}
+WIDE_TILES = {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1, 128)}
+INTERPRETED_TILE = Tile(32, 16, 4, 1)
 
 
 class Parts(NamedTuple):
@@ -61,10 +67,10 @@ def tile_of(dtype: torch.dtype, head_size: int) -> Tile:
     return tiles[max(64, power_of_2(head_size))]
 
 
-def tile_queries(num_sharing: int, *, is_prefix: bool) -> int:
+def tile_queries(tile: Tile, num_sharing: int, *, is_prefix: bool) -> int:
     """Queries of a tile: of some rows for a prefix, of one for a suffix; products need 16."""
     rows = ROWS_OF_A_TILE if is_prefix else 1
-    return min(64, max(16, power_of_2(rows * num_sharing)))
+    return min(tile.queries, max(16, power_of_2(rows * num_sharing)))
 
 
 def split_columns() -> int:
@@ -91,11 +97,13 @@ def forward(
         *(out.new_empty(sizes, dtype=torch.float32) for _ in range(2)),
     )
     lengths = (prefix_lengths, suffix_length_on_device, suffix_length)
+    tile = tile_of(q.dtype, max(q.shape[2], value_size))
     if num_shared:
-        tiles = _tiles(row_groups, prefix_k.shape[0], num_sharing)
+        size = tile_queries(tile, num_sharing, is_prefix=True)
+        tiles = make_tiles(row_groups, prefix_k.shape[0], num_sharing, size)
         grid = (tiles.shape[0], prefix_k.shape[1], num_shared)
         _parts(grid, q, prefix_k, prefix_v, tiles, lengths, parts, 0, options)
-    per_row = cdiv(num_sharing, tile_queries(num_sharing, is_prefix=False))
+    per_row = cdiv(num_sharing, tile_queries(tile, num_sharing, is_prefix=False))
     grid = (num_rows * per_row, suffix_k.shape[1], num_own)
     _parts(grid, q, suffix_k, suffix_v, None, lengths, parts, num_shared, options)
     num_queries = num_rows * num_heads
@@ -107,9 +115,8 @@ def forward(
     return out
 
 
-def _tiles(row_groups: Tensor, num_groups: int, num_sharing: int) -> Tensor:
-    """(T, 4) int32: tiles of queries that share a prefix; T follows from shapes alone."""
-    size = tile_queries(num_sharing, is_prefix=True)
+def make_tiles(row_groups: Tensor, num_groups: int, num_sharing: int, size: int) -> Tensor:
+    """(T, 4) int32: tiles of `size` queries that share a prefix; T follows from shapes alone."""
     num_rows = row_groups.shape[0]
     tiles = row_groups.new_empty(num_rows * num_sharing // size + num_groups, 4)
     tiles_kernel[(num_groups,)](
@@ -126,6 +133,7 @@ def _parts(
     num_rows, num_heads, head_size = q.shape
     value_size, num_sharing = v.shape[3], num_heads // k.shape[1]
     tile = tile_of(q.dtype, max(head_size, value_size))
+    num_queries = tile_queries(tile, num_sharing, is_prefix=tiles is not None)
     constants: dict[str, Any] = {
         "IS_PREFIX": tiles is not None,
         "HAS_SOFTCAP": options.softcap is not None,
@@ -134,7 +142,7 @@ def _parts(
         "VALUE_SIZE": value_size,
         "BLOCK_K": _block(head_size),
         "BLOCK_V": _block(value_size),
-        "BLOCK_M": tile_queries(num_sharing, is_prefix=tiles is not None),
+        "BLOCK_M": num_queries,
         "BLOCK_N": tile.columns,
         "SPLIT": split_columns(),
         **upcast(),
@@ -144,7 +152,7 @@ def _parts(
         q, k, v, tiles, prefix_lengths.contiguous(), length_on_device, *parts, num_rows, num_heads,
         num_sharing, first_part, suffix_length, options.window or 0, *q.stride()[:2],
         *k.stride()[:3], *v.stride()[:3], float(options.scale), float(options.softcap or 1.0),
-        **constants, **tile.threads,
+        **constants, **tile.threads(num_queries),
     )  # fmt: skip
 
 

@@ -162,10 +162,11 @@ def test_every_tile_has_its_queries() -> None:
     """All queries of all groups, each once, whatever the numbers of rows."""
     for rows in ((3, 0, 5, 1), (0, 0, 40, 7), (1, 1, 1, 1), (0, 9, 0, 0)):
         for num_sharing in (1, 3, 5, 16):
-            size = launch.tile_queries(num_sharing, is_prefix=True)
+            size = launch.tile_queries(launch.INTERPRETED_TILE, num_sharing, is_prefix=True)
             groups = torch.repeat_interleave(torch.tensor(rows)).int()
+            tiles = launch.make_tiles(groups, 4, num_sharing, size)
             found = []
-            for group, start, offset, count in launch._tiles(groups, 4, num_sharing).tolist():
+            for group, start, offset, count in tiles.tolist():
                 queries = range(offset, offset + min(count, size))
                 found += [(group, start * num_sharing + query) for query in queries]
             expected = [
