@@ -10,6 +10,9 @@ from tests.helpers import tiny_policy
 from tests.helpers_engines import all_logps, generator, prompts_of, same_completions, worst_gap
 
 
+BOTH = ["sliding_attention", "full_attention"]
+
+
 @pytest.fixture
 def policy():
     policy = tiny_policy()
@@ -37,6 +40,34 @@ def test_logps_are_those_of_a_plain_forward(policy, temperature, lengths):
             assert torch.equal(logps, torch.zeros(len(ids)))
     else:
         assert rollouts.processed_logps is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 8}),
+        ("gemma3_text", {"sliding_window": 8, "layer_types": BOTH}),
+        ("gpt_oss", {"sliding_window": 8}),
+    ],
+)  # fmt: skip
+def test_logps_of_other_families(model_type, fields):
+    policy, sampling = tiny_policy(model_type=model_type, **fields), Sampling(4, 20)
+    policy.model.eval()
+    prompts = prompts_of([5, 40, 12])
+    rollouts = ContinuousBatchingEngine(policy).generate(prompts, sampling, generator())
+    assert worst_gap(policy, rollouts, sampling) < 1e-5
+
+
+def test_an_adapter_is_part_of_the_policy(policy):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    policy.model = peft.get_peft_model(policy.model, config)
+    sampling = Sampling(4, 12)
+    rollouts = ContinuousBatchingEngine(policy).generate(prompts_of([5, 9]), sampling, generator())
+    assert worst_gap(policy, rollouts, sampling) < 1e-5
+    with policy.model.disable_adapter():
+        assert worst_gap(policy, rollouts, sampling) > 1e-2
 
 
 @pytest.mark.parametrize("lengths", [[6], [1]])
@@ -202,9 +233,15 @@ def test_logits_that_are_not_finite_are_said(policy):
         ContinuousBatchingEngine(policy).generate(prompts_of([4]), Sampling(2, 4), generator())
 
 
-def test_a_model_it_does_not_take_is_said():
-    types = ["linear_attention", "full_attention"]
-    policy = tiny_policy(model_type="qwen3_5_text", layer_types=types)
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention"]}),
+        ("gemma2", {}),  # its soft cap would be left out without a word
+    ],
+)
+def test_a_model_it_does_not_take_is_said(model_type, fields):
+    policy = tiny_policy(model_type=model_type, **fields)
     attention = policy.model.config._attn_implementation
     with pytest.raises(InputError, match="does not take this model"):
         ContinuousBatchingEngine(policy).generate(prompts_of([4]), Sampling(2, 4), generator())

@@ -104,6 +104,26 @@ def engine_of(policy, server, **arguments):
     return HTTPEngine(policy, url=server.url, model="tiny", **{"num_retries": 0, **arguments})
 
 
+def test_greedy_completions_are_asked_for_one_by_one(policy, server):
+    """vLLM refuses n > 1 then."""
+    server.before = lambda body: 400 if body["temperature"] == 0.0 and body["n"] > 1 else None
+    sampling, prompts = Sampling(3, 8, temperature=0.0, top_k=4), prompts_of([5, 6])
+    rollouts = engine_of(policy, server).generate(prompts, sampling, generator())
+    expected = make_engine("generate", policy).generate(prompts, sampling, generator())
+    assert same_completions(rollouts, expected)
+    assert worst_gap(policy, rollouts, sampling) < 1e-5
+    for logps in rollouts.processed_logps:
+        assert torch.equal(logps, torch.zeros(len(logps)))
+
+
+def test_a_text_may_begin_with_what_the_prompt_left_unfinished(policy, server):
+    """A byte that is no character yet is held back, until vLLM writes it with the completion."""
+    server.spoil = each(lambda choice: choice.update(text="\ufffdx " + choice["text"]))
+    sampling = Sampling(3, 8)
+    rollouts = engine_of(policy, server).generate(prompts_of([5]), sampling, generator())
+    assert worst_gap(policy, rollouts, sampling) < 1e-5
+
+
 @pytest.mark.parametrize("logps", ["raw", "processed"])
 def test_ids_and_logps_are_those_of_the_served_model(policy, server, logps):
     sampling = Sampling(4, 12, temperature=1.0 if logps == "raw" else 0.7)

@@ -186,6 +186,8 @@ def _running(
 
 def _new_manager(model: Any, settings: GenerationConfig, config: ContinuousBatchingConfig) -> Any:
     attention = model.config._attn_implementation
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        raise _unfit("its attention leaves out the soft cap of the scores")
     try:
         if not HAS_PAGES and not attention.startswith("paged|"):
             model.set_attn_implementation(f"paged|{attention}")  # it would choose another itself
@@ -220,8 +222,8 @@ def _failure(fatal: Exception | None, output: Any) -> Exception:
     return RuntimeError(f"transformers' continuous batching failed: {text}")
 
 
-def _unfit(error: Exception) -> InputError:
+def _unfit(reason: object) -> InputError:
     return InputError(
-        f"transformers' continuous batching does not take this model: {error}; use another "
+        f"transformers' continuous batching does not take this model: {reason}; use another "
         "rollout.engine"
     )

@@ -34,10 +34,10 @@ class HTTPEngine:
     """Completions of a server's /v1/completions, with their token ids and log-probabilities.
 
     The server's weights are its own: they do not follow training. Either every rollout is corrected
-    for being off-policy (loss.rollout_correction, which needs log-probabilities), or the server is
-    made to load a checkpoint between runs: restart it on checkpoint-N/, or use its own way to read
-    weights from disk. Completions arrive a prompt at a time. `generator` gives a seed a prompt;
-    whether the same seed gives the same completions is up to the server.
+    for being off-policy (objective.rollout_correction, which needs log-probabilities), or the
+    server is made to load a checkpoint between runs: restart it on checkpoint-N/, or use its own
+    way to read weights from disk. Completions arrive a prompt at a time. `generator` gives each
+    request a seed; whether the same seed gives the same completions is up to the server.
 
     vLLM is what it is tried with: `vllm serve DIR --logprobs-mode processed_logprobs`, and
     logps = "processed" here. Other servers must take its extensions of the protocol: prompts as

@@ -40,7 +40,7 @@ class VLLMEngine:
     Before each rollout it takes over the weights: those of the adapter alone where the policy has a
     LoRA one (the base must be the same), all of them otherwise, and forgets its prefix cache. Its
     kernels, and dtype where that differs, make its log-probabilities differ from the trainer's:
-    correct with loss.rollout_correction. They are of what it draws from.
+    correct with objective.rollout_correction. They are of what it draws from.
 
     It needs a CUDA GPU, `pip install 'fastrl-llm[vllm]'`, and memory for a second copy.
     """
