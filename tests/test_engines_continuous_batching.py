@@ -9,7 +9,6 @@ from fastrl.rollout.continuous_batching import ContinuousBatchingEngine
 from tests.helpers import tiny_policy
 from tests.helpers_engines import all_logps, generator, prompts_of, same_completions, worst_gap
 
-
 BOTH = ["sliding_attention", "full_attention"]
 
 
