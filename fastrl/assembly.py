@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fastrl.carried import check_partial_rollouts
 from fastrl.config import Config
 from fastrl.down_sampling import check_scores
 from fastrl.errors import InputError
@@ -14,7 +15,7 @@ from fastrl.methods.checks import check_generations, check_sizes
 from fastrl.methods.resolve import resolve_method
 from fastrl.packing import pack
 from fastrl.policy import Policy, load_policy, new_policy
-from fastrl.rewards import check_rewards, load_rewards
+from fastrl.rewards import Reward, check_rewards, load_rewards
 from fastrl.tasks import Task, load_task
 from fastrl.trainer import Trainer
 
@@ -39,6 +40,17 @@ def build_trainer(config: Config, directory: Path | None = None) -> Trainer:
             f"max_tokens_per_pass must hold one prompt and completion, at least {longest} tokens "
             f"(max_prompt_length + max_completion_length - 1), got {config.max_tokens_per_pass}"
         )
+    task, rewards = load_task_and_rewards(config)
+    policy = _policy(config, task, directory)
+    _check_packing(policy)
+    trainer = Trainer(config, policy, task, rewards, method)
+    check_partial_rollouts(config, method, trainer.sampler.engine)
+    _check_lengths(config, trainer)
+    return trainer
+
+
+def load_task_and_rewards(config: Config) -> tuple[Task, tuple[Reward, ...]]:
+    """What is asked and how answers are scored, tried on what is known before a run."""
     if not config.task:
         raise InputError("no task given; set task = 'reasoning_gym:NAME' or 'jsonl:PATH'")
     task = load_task(
@@ -54,11 +66,7 @@ def build_trainer(config: Config, directory: Path | None = None) -> Trainer:
     unanswered = [example for example in task.known_examples() if example.answer is None]
     for example in (task.train_example(0), *unanswered[:1]):
         check_rewards(rewards, example)
-    policy = _policy(config, task, directory)
-    _check_packing(policy)
-    trainer = Trainer(config, policy, task, rewards, method)
-    _check_lengths(config, trainer)
-    return trainer
+    return task, rewards
 
 
 def _policy(config: Config, task: Task, directory: Path | None) -> Policy:

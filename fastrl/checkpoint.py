@@ -12,12 +12,16 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastrl.errors import InputError
 from fastrl.policy import Policy
@@ -47,15 +51,21 @@ class TrainerState:
 
 
 def save_checkpoint(
-    run_directory: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainerState
-) -> Path:
-    """Write model, tokenizer, optimizer and state; the directory appears when it is whole."""
+    run_directory: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainerState,
+    carried: Mapping[str, Tensor] | None = None,
+) -> Path:  # fmt: skip
+    """Write model, tokenizer, optimizer and state; the directory appears when it is whole.
+
+    carried: of partial rollouts, see `fastrl.carried.InFlight.state`.
+    """
     target = run_directory / state.directory_name
     if target.exists():
         return target  # a state is a function of the run and the step: what is there is the same
-    with _renamed_when_whole(target) as partial:
+    with renamed_when_whole(target) as partial:
         policy.save(partial)
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+        if carried is not None:
+            save_file(dict(carried), partial / "carried.safetensors")
         text = json.dumps(dataclasses.asdict(state), indent=2)
         (partial / "trainer_state.json").write_text(text, encoding="utf-8")
     return target
@@ -63,7 +73,7 @@ def save_checkpoint(
 
 def save_policy(directory: Path, policy: Policy) -> None:
     """Write model and tokenizer to `directory`, whole or not at all, replacing what is there."""
-    with _renamed_when_whole(directory) as partial:
+    with renamed_when_whole(directory) as partial:
         policy.save(partial)
 
 
@@ -91,6 +101,17 @@ def load_state(checkpoint: Path) -> TrainerState:
         raise InputError(f"{checkpoint} is not a FastRL checkpoint: {error}") from error
 
 
+def load_carried(checkpoint: Path) -> dict[str, Tensor] | None:
+    """What `save_checkpoint` was given as `carried`."""
+    path = checkpoint / "carried.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot restore the partial rollouts from {path}: {error}") from error
+
+
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Put the saved moments back into an optimizer over the same parameters."""
     path = checkpoint / "optimizer.pt"
@@ -111,7 +132,7 @@ def _all_checkpoints(run_directory: Path) -> list[Path]:
     return [path for _, _, path in sorted(matches)]
 
 
-class _renamed_when_whole:
+class renamed_when_whole:
     """A directory to fill: it appears under its name on success and vanishes on failure."""
 
     def __init__(self, target: Path) -> None:

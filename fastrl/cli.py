@@ -1,4 +1,4 @@
-"""The command line: fastrl train | eval | methods | tasks | doctor."""
+"""The command line: fastrl train | eval | score | methods | tasks | doctor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Reinforcement learning of language models on memory-constrained hardware.
 commands:
   train CONFIG.toml [--FIELD VALUE ...] [--overwrite]   train as a config file says
   train --resume RUN [--FIELD VALUE ...]                continue from the newest checkpoint
+  train ... --save-rollouts DIR                         keep all that every step samples
+  train ... --replay-rollouts DIR                       train on that instead of sampling
   eval RUN_OR_CONFIG [--FIELD VALUE ...] [--json PATH]  pass@k on the held-out prompts
+  score RUN_OR_CONFIG --replay-rollouts DIR [--json PATH]  score saved rollouts once more
   methods [show NAME]                                   policy-optimisation methods and their axes
   tasks [WORD]                                          tasks to train on, with their parameters
   doctor                                                what is installed and which kernels will run
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(version("fastrl-llm"))
         return 0
     command = COMMANDS.get(words[0])
-    if words[0] not in ("train", "eval") and {"-h", "--help"} & set(words):
+    if words[0] not in ("train", "eval", "score") and {"-h", "--help"} & set(words):
         print(USAGE)
         return 0
     try:
@@ -63,6 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(words: list[str]) -> int:
     overwrite = _take_switch(words, "--overwrite")
     resume = _take_value(words, "--resume")
+    save = _take_path(words, "--save-rollouts")
+    replay = _take_path(words, "--replay-rollouts")
+    if save is not None and replay is not None:
+        raise InputError("--save-rollouts and --replay-rollouts exclude each other; give one")
     if resume is not None:
         if overwrite or any(word.startswith("--output-dir") for word in words):
             raise InputError(
@@ -77,7 +84,10 @@ def _train(words: list[str]) -> int:
     from fastrl.run import Interrupted, train
 
     try:
-        summary = train(config, overwrite=overwrite, resume=resume is not None)
+        summary = train(
+            config, overwrite=overwrite, resume=resume is not None, save_rollouts=save,
+            replay_rollouts=replay,
+        )  # fmt: skip
     except Interrupted as stop:
         print(f"fastrl: {stop}", file=sys.stderr)
         return 130
@@ -89,22 +99,11 @@ def _train(words: list[str]) -> int:
 
 
 def _eval(words: list[str]) -> int:
-    json_path = _take_value(words, "--json")
-    if json_path is not None and (
-        Path(json_path).is_dir() or not Path(json_path).absolute().parent.is_dir()
-    ):
-        raise InputError(f"--json {json_path}: expected a file in an existing directory")
+    json_path = _take_json_path(words)
     if {"-h", "--help"} & set(words):
         print(USAGE)
         return 0
-    if not words or words[0].startswith("-"):
-        raise InputError("give a run directory or a config: fastrl eval RUN_OR_CONFIG")
-    run_directory = Path(words[0]) if Path(words[0]).is_dir() else None
-    if run_directory is not None:
-        if not (run_directory / "config.toml").is_file():
-            raise InputError(f"{run_directory} is not a run: it has no config.toml")
-        words = [str(run_directory / "config.toml"), *words[1:]]
-    config = _config(words, "fastrl eval RUN_OR_CONFIG")
+    config, run_directory = _run_or_config(words, "fastrl eval RUN_OR_CONFIG")
     _prepare_libraries()
     from fastrl.run import evaluate
 
@@ -122,6 +121,30 @@ def _eval(words: list[str]) -> int:
             **evaluation.metrics,
         }
         Path(json_path).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _score(words: list[str]) -> int:
+    json_path = _take_json_path(words)
+    directory = _take_path(words, "--replay-rollouts")
+    if {"-h", "--help"} & set(words):
+        print(USAGE)
+        return 0
+    config, _ = _run_or_config(words, "fastrl score RUN_OR_CONFIG --replay-rollouts DIR")
+    if directory is None:
+        raise InputError("give the rollouts to score: --replay-rollouts DIR")
+    _prepare_libraries()
+    from fastrl.rescore import rescore
+
+    scored = rescore(config, directory)
+    _print_table(
+        ("measure", "recorded", "now"),
+        [(name, *map(_shown, values)) for name, values in scored.rows],
+        title=f"{scored.num_completions} completions of {scored.num_steps} steps",
+    )
+    if json_path is not None:
+        text = json.dumps(scored.record, indent=2) + "\n"
+        Path(json_path).write_text(text, encoding="utf-8")
     return 0
 
 
@@ -157,6 +180,7 @@ def _doctor(words: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
+    "score": _score,
     "methods": _methods,
     "tasks": _tasks,
     "doctor": _doctor,
@@ -173,6 +197,34 @@ def _config(words: list[str], prog: str) -> Config:
     if not words or words[0].startswith("-"):
         raise InputError(f"give a config file first: {prog}")
     return override_config(load_config(words[0]), words[1:], prog)
+
+
+def _run_or_config(words: list[str], prog: str) -> tuple[Config, Path | None]:
+    """The config of the run or file named first, with its flags, and the run if it is one."""
+    if not words or words[0].startswith("-"):
+        raise InputError(f"give a run directory or a config: {prog}")
+    run_directory = Path(words[0]) if Path(words[0]).is_dir() else None
+    if run_directory is not None:
+        if not (run_directory / "config.toml").is_file():
+            raise InputError(f"{run_directory} is not a run: it has no config.toml")
+        words = [str(run_directory / "config.toml"), *words[1:]]
+    return _config(words, prog), run_directory
+
+
+def _take_path(words: list[str], name: str) -> Path | None:
+    value = _take_value(words, name)
+    return None if value is None else Path(value)
+
+
+def _take_json_path(words: list[str]) -> str | None:
+    path = _take_value(words, "--json")
+    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise InputError(f"--json {path}: expected a file in an existing directory")
+    return path
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _take_switch(words: list[str], name: str) -> bool:

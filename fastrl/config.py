@@ -96,6 +96,11 @@ class RolloutConfig:
     """What samples: native (on the training weights) or generate (transformers, one batch)."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Options of the engine; kv_cache_gib of native is the most memory for keys and values."""
+    check_steps: CountOrZero = 0
+    """Compare the engine's log-probabilities with the trainer's every so many steps; always before
+    the first. 0: only then."""
+    max_tokens_per_step: Count | None = None
+    """Sample at most so many tokens a step; completions that this cuts go on in the next one."""
 
 
 @dataclass(frozen=True)

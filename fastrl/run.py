@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 from fastrl.assembly import build_trainer
 from fastrl.checkpoint import (
     TrainerState,
+    load_carried,
     load_optimizer,
-    load_state,
     newest_checkpoint,
     remove_old_checkpoints,
     save_checkpoint,
@@ -23,13 +23,16 @@ from fastrl.checkpoint import (
 )
 from fastrl.config import Config
 from fastrl.config_io import load_config, save_config
+from fastrl.determinism import deterministic
 from fastrl.errors import InputError, NotFiniteError
-from fastrl.evaluate import Evaluation, evaluate_policy
+from fastrl.evaluate import Evaluation
+from fastrl.held_out import evaluate_held_out
 from fastrl.methods.needs import requirements
 from fastrl.metrics import peak_memory_bytes
-from fastrl.policy import load_policy
 from fastrl.progress import make_progress
+from fastrl.replay import Recorder, Replay
 from fastrl.report import RunLog, draw_curve, write_summary
+from fastrl.restore import restore
 from fastrl.run_directory import (
     check_disk,
     check_resumable,
@@ -38,10 +41,8 @@ from fastrl.run_directory import (
     refuse_own_input,
     starting_point,
 )
-from fastrl.seeding import make_generator
 from fastrl.stop_requests import stop_requests
 from fastrl.trainer import StepOutput, Trainer
-from fastrl.types import Prompts
 from fastrl.warm_start import WarmStart
 
 
@@ -49,10 +50,15 @@ class Interrupted(Exception):
     """The user asked to stop; a checkpoint has been written."""
 
 
-def train(config: Config, *, overwrite: bool = False, resume: bool = False) -> Mapping[str, Any]:
+def train(
+    config: Config, *, overwrite: bool = False, resume: bool = False,
+    save_rollouts: Path | None = None, replay_rollouts: Path | None = None,
+) -> Mapping[str, Any]:  # fmt: skip
     """Train as `config` says and return the summary; all that can be checked is checked first.
 
-    Raises InputError for what the user can mend and Interrupted after a clean stop on Ctrl-C.
+    save_rollouts: a directory for what every step samples; replay_rollouts: train on what is in
+    one instead of sampling. Raises InputError for what the user can mend and Interrupted after a
+    clean stop on Ctrl-C.
     """
     run_directory = Path(config.output_dir)
     checkpoint = starting_point(run_directory, overwrite=overwrite, resume=resume)
@@ -62,6 +68,16 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False) -> M
         refuse_own_input(run_directory, config)
     run = _prepare(config, run_directory, checkpoint)
     check_disk(run_directory, run.trainer.policy, config.save)
+    tokenizer = run.trainer.policy.tokenizer
+    if replay_rollouts is not None:
+        replay = Replay(replay_rollouts)
+        replay.check(config, tokenizer, first_step=run.state.step)
+        run.trainer.sampler.replay = replay
+    if save_rollouts is not None:
+        run.trainer.sampler.recorder = Recorder(
+            save_rollouts, config, tokenizer, overwrite=overwrite, resume=resume
+        )
+    run.check_engine(run.state.step)
     if overwrite:
         clear(run_directory)
     run_directory.mkdir(parents=True, exist_ok=True)
@@ -81,8 +97,17 @@ class Run:
         self.trainer = trainer
         self.state = state
         self.checkpoint = checkpoint
+        self.notes: list[str] = []
         self.noted = False
+        self.carried = None if checkpoint is None else load_carried(checkpoint)
         self.eval_prompts = trainer.encode(trainer.task.eval_examples())
+
+    def check_engine(self, step: int) -> list[str]:
+        """The engine must sample from the policy; returns what there is to know and is not yet."""
+        found = self.trainer.sampler.check(self.trainer.method, step)
+        new = [note for note in found if note not in self.notes]
+        self.notes += new
+        return new
 
     def execute(self) -> Mapping[str, Any]:
         """Warm start, train, evaluate and write the results."""
@@ -91,12 +116,13 @@ class Run:
         # A run that stopped before its first checkpoint starts anew, and so do its logs.
         logged = self.state.step if self.checkpoint is not None else -1
         with (
-            _deterministic(self.trainer.policy.device),
+            deterministic(self.trainer.policy.device),
             stop_requests() as stop,
             RunLog(self.directory, self.config, step=logged) as log,
             make_progress(self.config) as progress,
         ):
             self.log, self.progress, self.stop = log, progress, stop
+            self._say(self.notes)
             if self.state.pass_at_1_before is None:
                 self._warm_start()
             self._reference()
@@ -119,8 +145,11 @@ class Run:
             if self.stop.requested:
                 self._interrupt(phase.optimizer)
         with self._kept(phase.optimizer):
-            before = _evaluate(self.trainer, self.eval_prompts)
+            before = evaluate_held_out(self.trainer, self.eval_prompts)
         self.state = dataclasses.replace(self.state, pass_at_1_before=before.pass_at[1])
+        if self.config.warm_start.steps:  # an engine may have kept a copy of earlier weights
+            with self._kept(phase.optimizer):
+                self._say(self.check_engine(0))
         self._show(0, before)
         self.checkpoint = None
         if self.config.save.save_steps:
@@ -139,16 +168,21 @@ class Run:
         config, trainer = self.config, self.trainer
         if self.checkpoint is not None:
             load_optimizer(self.checkpoint, trainer.optimizer)
+        every = config.rollout.check_steps
         for step in range(self.state.step, config.max_steps):
             started = time.perf_counter()
             with self._kept(trainer.optimizer):
+                if every and step and step % every == 0:
+                    self._say(self.check_engine(step))
                 output = trainer.train_step(step)
+            carried = trainer.sampler.carried
+            self.carried = None if carried is None else carried.state()
             self._advance(
                 time.perf_counter() - started,
                 step=step + 1,
                 num_tokens=self.state.num_tokens + _num_tokens(output),
                 controllers=trainer.adaptation.state_dict(),
-                prompts=trainer.stream.state_dict(),
+                prompts=trainer.sampler.stream.state_dict(),
             )
             self._note(step + 1, output.sampled.shortage)
             output.metrics["num_tokens"] = float(self.state.num_tokens)
@@ -157,13 +191,13 @@ class Run:
             is_last = step + 1 == config.max_steps
             if config.eval.eval_steps and (step + 1) % config.eval.eval_steps == 0 and not is_last:
                 with self._kept(trainer.optimizer):
-                    self._show(step + 1, _evaluate(self.trainer, self.eval_prompts))
+                    self._show(step + 1, evaluate_held_out(self.trainer, self.eval_prompts))
             if config.save.save_steps and (step + 1) % config.save.save_steps == 0:
                 self._save(trainer.optimizer)
             if self.stop.requested and not is_last:
                 self._interrupt(trainer.optimizer)
         self._save(trainer.optimizer)
-        evaluation = _evaluate(self.trainer, self.eval_prompts)
+        evaluation = evaluate_held_out(self.trainer, self.eval_prompts)
         self._show(config.max_steps, evaluation)
         return evaluation
 
@@ -177,6 +211,10 @@ class Run:
         except InputError:
             self._save(optimizer)
             raise
+
+    def _say(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            self.progress.note(note)
 
     def _show(self, step: int, evaluation: Evaluation) -> None:
         self.log.evaluation(step, evaluation)
@@ -193,7 +231,9 @@ class Run:
         self.state = dataclasses.replace(self.state, train_seconds=total, **changes)
 
     def _save(self, optimizer: torch.optim.Optimizer) -> Path:
-        path = save_checkpoint(self.directory, self.trainer.policy, optimizer, self.state)
+        path = save_checkpoint(
+            self.directory, self.trainer.policy, optimizer, self.state, self.carried
+        )
         remove_old_checkpoints(self.directory, keep=self.config.save.save_total_limit)
         return path
 
@@ -228,62 +268,21 @@ def evaluate(config: Config, run_directory: Path | None) -> Evaluation:
         if directory is None:
             raise InputError(f"{run_directory} has neither final nor a checkpoint to evaluate")
     trainer = build_trainer(config, directory)
-    return _evaluate(trainer, trainer.encode(trainer.task.eval_examples()))
-
-
-def _evaluate(trainer: Trainer, prompts: Prompts) -> Evaluation:
-    """The config's evaluation, with the same draws at every call."""
-    settings = trainer.config.eval
-    sampling = dataclasses.replace(
-        trainer.sampling, num_generations=settings.num_samples, temperature=settings.temperature
-    )
-    return evaluate_policy(
-        trainer.engine,
-        trainer.policy.tokenizer,
-        prompts,
-        trainer.rewards,
-        sampling,
-        make_generator(trainer.policy.device, trainer.config.seed, "eval"),
-        pass_threshold=settings.pass_threshold,
-    )
+    return evaluate_held_out(trainer, trainer.encode(trainer.task.eval_examples()))
 
 
 def _prepare(config: Config, directory: Path, checkpoint: Path | None) -> Run:
     trainer = build_trainer(config, checkpoint)
     if checkpoint is None:
         return Run(config, directory, trainer, TrainerState(), None)
-    state = load_state(checkpoint)
-    if state.step > config.max_steps:
-        raise InputError(f"max_steps is {config.max_steps} but {checkpoint.name} is past it")
-    trainer.method = trainer.adaptation.load_state_dict(state.controllers, trainer.method)
-    if state.prompts:
-        trainer.stream.load_state_dict(state.prompts)
-    else:  # a checkpoint of before the first step, or of before there were streams
-        trainer.stream.cursor += state.step * config.prompts_per_step
-    if "ref_logps" in requirements(trainer.method) and state.step > 0:
-        if not (directory / "reference").is_dir():
-            raise InputError(
-                f"{directory} has no reference policy: the run began without one; keep to a method "
-                "that needs none"
-            )
-        trainer.reference = load_policy(config.model, directory / "reference").frozen_copy()
+    state = restore(trainer, directory, checkpoint)
     return Run(config, directory, trainer, state, checkpoint)
 
 
 def _num_tokens(output: StepOutput) -> int:
+    """Of completions that have ended, with their prompts."""
+    if output.sampled.is_empty:
+        return 0
     rollouts = output.sampled.everything.rollouts
     prompts = sum(len(ids) for ids in rollouts.prompts.token_ids)
     return prompts * rollouts.num_generations + int(rollouts.lengths.sum())
-
-
-@contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """On a GPU some operations have a faster variant whose sums depend on timing: not in a run."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    if device.type == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warned)

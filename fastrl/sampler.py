@@ -20,7 +20,7 @@ class Scored(NamedTuple):
     """Completions with their texts and rewards."""
 
     rollouts: Rollouts
-    texts: list[str]
+    texts: list[str]  # none, as of rewards, where no prompt has all its completions yet
     rewards: Rewards
 
 
@@ -31,6 +31,12 @@ class Sampled(NamedTuple):
     trained: Scored  # everything, where no prompt is worth training on: none of it has a gradient
     num_rounds: int
     num_missing: int  # prompts that the step has too few of
+    carried: StepMetrics | None = None  # of partial rollouts: how old tokens are, how many go on
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no prompt has all its completions yet, so that there is nothing to train on."""
+        return not self.everything.texts
 
     @property
     def metrics(self) -> StepMetrics:
@@ -92,19 +98,9 @@ def joined(parts: Sequence[Scored]) -> Scored:
     """Several rounds as one, in their order."""
     if len(parts) == 1:
         return parts[0]
-    rollouts = [part.rollouts for part in parts]
     rewards = [part.rewards for part in parts]
     return Scored(
-        Rollouts(
-            prompts=Prompts(
-                tuple(chain.from_iterable(item.prompts.token_ids for item in rollouts)),
-                tuple(chain.from_iterable(item.prompts.examples for item in rollouts)),
-            ),
-            completion_ids=tuple(chain.from_iterable(item.completion_ids for item in rollouts)),
-            rollout_logps=_side_by_side(item.rollout_logps for item in rollouts),
-            finished=torch.cat([item.finished for item in rollouts]),
-            rollout_entropies=_side_by_side(item.rollout_entropies for item in rollouts),
-        ),
+        joined_rollouts([part.rollouts for part in parts]),
         list(chain.from_iterable(part.texts for part in parts)),
         Rewards(
             torch.cat([item.total for item in rewards]),
@@ -115,27 +111,53 @@ def joined(parts: Sequence[Scored]) -> Scored:
 
 def of_prompts(scored: Scored, chosen: Sequence[int]) -> Scored:
     """Some of the prompts with all their completions, in the order of the list."""
-    rollouts, rewards = scored.rollouts, scored.rewards
-    G = rollouts.num_generations
-    rows = [p * G + g for p in chosen for g in range(G)]
+    rewards = scored.rewards
+    rows = rows_of_prompts(chosen, scored.rollouts.num_generations)
+    return Scored(
+        rollouts_of_prompts(scored.rollouts, chosen),
+        [scored.texts[row] for row in rows],
+        Rewards(rewards.total[rows], {name: part[rows] for name, part in rewards.parts.items()}),
+    )
+
+
+def joined_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
+    """The prompts of all parts with their completions, in their order."""
+    return Rollouts(
+        prompts=Prompts(
+            tuple(chain.from_iterable(item.prompts.token_ids for item in parts)),
+            tuple(chain.from_iterable(item.prompts.examples for item in parts)),
+        ),
+        completion_ids=tuple(chain.from_iterable(item.completion_ids for item in parts)),
+        rollout_logps=_side_by_side(item.rollout_logps for item in parts),
+        finished=torch.cat([item.finished for item in parts]),
+        rollout_entropies=_side_by_side(item.rollout_entropies for item in parts),
+        processed_logps=_side_by_side(item.processed_logps for item in parts),
+    )
+
+
+def rollouts_of_prompts(rollouts: Rollouts, chosen: Sequence[int]) -> Rollouts:
+    """Some of the prompts with all their completions, in the order of the list."""
+    rows = rows_of_prompts(chosen, rollouts.num_generations)
 
     def of_rows(values: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
         return None if values is None else tuple(values[row] for row in rows)
 
-    return Scored(
-        Rollouts(
-            prompts=Prompts(
-                tuple(rollouts.prompts.token_ids[p] for p in chosen),
-                tuple(rollouts.prompts.examples[p] for p in chosen),
-            ),
-            completion_ids=tuple(rollouts.completion_ids[row] for row in rows),
-            rollout_logps=of_rows(rollouts.rollout_logps),
-            finished=rollouts.finished[rows],
-            rollout_entropies=of_rows(rollouts.rollout_entropies),
+    return Rollouts(
+        prompts=Prompts(
+            tuple(rollouts.prompts.token_ids[p] for p in chosen),
+            tuple(rollouts.prompts.examples[p] for p in chosen),
         ),
-        [scored.texts[row] for row in rows],
-        Rewards(rewards.total[rows], {name: part[rows] for name, part in rewards.parts.items()}),
+        completion_ids=tuple(rollouts.completion_ids[row] for row in rows),
+        rollout_logps=of_rows(rollouts.rollout_logps),
+        finished=rollouts.finished[rows],
+        rollout_entropies=of_rows(rollouts.rollout_entropies),
+        processed_logps=of_rows(rollouts.processed_logps),
     )
+
+
+def rows_of_prompts(chosen: Sequence[int], num_generations: int) -> list[int]:
+    """The rows b = p*G + g of some prompts."""
+    return [p * num_generations + g for p in chosen for g in range(num_generations)]
 
 
 def _side_by_side(values: Iterable[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastrl.activations import head_row_cost
 from fastrl.config import Config
 from fastrl.down_sampling import weigh_tokens
-from fastrl.encoding import decode_completions, encode_prompts, encode_solution
+from fastrl.encoding import encode_solution
 from fastrl.loss import NOT_MEASURED, backward, measure, token_statistics
 from fastrl.methods.adaptation import Adaptation
 from fastrl.methods.estimates import kept_prompts, rows_to_train
@@ -46,10 +46,10 @@ from fastrl.phases import (
     with_sampler_logps,
 )
 from fastrl.policy import Policy
-from fastrl.prompt_stream import PromptStream
-from fastrl.rewards import Reward, score_completions
-from fastrl.rollout import Sampling, make_engine
-from fastrl.sampler import Sampled, Scored, sample_until_full
+from fastrl.rewards import Reward
+from fastrl.rollout_check import sampler_gap
+from fastrl.sampler import Sampled, Scored
+from fastrl.sampling_stage import SamplingStage
 from fastrl.savings import Work, down_sampling_metrics, row_flops, work_of
 from fastrl.seeding import make_generator
 from fastrl.selection import counted_lengths
@@ -87,6 +87,7 @@ class Update(NamedTuple):
     clipped: tuple[Tensor | None, ...] = ()
     advantages: Tensor | None = None
     measured: Work = Work()
+    sampler_gap: StepMetrics | None = None
 
 
 class Trainer:
@@ -103,22 +104,8 @@ class Trainer:
         self.method = method
         self.adaptation = Adaptation(method)
         self.reference = reference
-        self.stream = PromptStream(
-            task,
-            first=config.warm_start.steps * config.warm_start.batch_size,
-            max_pass_rate=method.max_pass_rate,
-        )
-        self.engine = make_engine(config.rollout.engine, policy, config.rollout.engine_args)
-        self.sampling = Sampling(
-            num_generations=config.rollout.num_generations,
-            max_completion_length=config.rollout.max_completion_length,
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            top_k=config.rollout.top_k,
-            min_p=config.rollout.min_p,
-            repetition_penalty=config.rollout.repetition_penalty,
-            stop_strings=config.rollout.stop_strings,
-        )
+        self.sampler = SamplingStage(config, policy, task, self.rewards, method)
+        self.temperature = config.rollout.temperature
         self.head_row_cost = head_row_cost(
             policy.model.config,
             bf16=policy.bf16,
@@ -136,6 +123,8 @@ class Trainer:
         """Step `step` (from 0): a function of weights, optimizer, seed, `step` and the stream."""
         watch = Stopwatch()
         sampled = self.sample(step, watch)
+        if sampled.is_empty:
+            return StepOutput(self.skipped_metrics(step, sampled, watch), sampled)
         rollouts = sampled.trained.rollouts
         inputs = self.inputs(rollouts, sampled.trained.rewards, step)
         update = self.update(self.pack(rollouts, inputs), step)
@@ -147,36 +136,16 @@ class Trainer:
 
     def sample(self, step: int, watch: Stopwatch) -> Sampled:
         """P prompts with scored completions, others for those that the selection leaves out."""
-        rollout = self.config.rollout
-        return sample_until_full(
-            lambda num, number: self.sample_round(num, step, number, watch),
-            lambda new: kept_prompts(self.method, self.inputs(new.rollouts, new.rewards, step)),
-            num_prompts=self.config.prompts_per_step,
-            max_rounds=rollout.max_sampling_rounds if self.method.dynamic_sampling else 1,
-        )
 
-    def sample_round(self, num_prompts: int, step: int, number: int, watch: Stopwatch) -> Scored:
-        """Round `number` of a step, from 0: the next prompts, G completions of each, rewards."""
-        prompts = self.encode(self.stream.draw(num_prompts))
-        labels = ("rollout", step, number) if number else ("rollout", step)
-        generator = make_generator(self.policy.device, self.config.seed, *labels)
-        rollouts = self.engine.generate(prompts, self.sampling, generator)
-        watch.lap("rollout")
-        texts = decode_completions(rollouts.completion_ids, self.policy.tokenizer)
-        rewards = score_completions(rollouts, texts, self.rewards)
-        watch.lap("score")
-        passed = rewards.total >= self.config.eval.pass_threshold
-        self.stream.record(prompts.examples, passed.view(len(prompts), -1))
-        return Scored(rollouts, texts, rewards)
+        def keeps(new: Scored) -> Tensor:
+            return kept_prompts(self.method, self.inputs(new.rollouts, new.rewards, step))
+
+        is_dynamic = self.method.dynamic_sampling
+        return self.sampler.sample(step, watch, keeps=keeps if is_dynamic else None)
 
     def encode(self, examples: Sequence[Example]) -> Prompts:
         """Examples as token ids under the run's limits."""
-        return encode_prompts(
-            examples,
-            self.policy.tokenizer,
-            max_prompt_length=self.config.rollout.max_prompt_length,
-            chat_template=self.config.data.chat_template,
-        )
+        return self.sampler.encode(examples)
 
     def encode_solution(self, example: Example) -> Tensor:
         """The reference answer as a completion within the run's limit."""
@@ -192,7 +161,7 @@ class Trainer:
             rollouts,
             rewards,
             lengths,
-            max_completion_length=self.sampling.max_completion_length,
+            max_completion_length=self.config.rollout.max_completion_length,
             progress=step / self.config.max_steps,
             generator=make_generator(torch.device("cpu"), self.config.seed, "method", step),
         )
@@ -206,7 +175,7 @@ class Trainer:
         inputs, advantages, kept = rows_to_train(self.method, inputs)
         weighted = weigh_tokens(
             self.method, rollouts, inputs, kept,
-            scores_from=self.config.objective.scores_from, is_exact=not self.policy.bf16,
+            scores_from=self.config.objective.scores_from, is_exact=self.sampler.is_current,
         )  # fmt: skip
         passes = pack_rollouts(
             rollouts,
@@ -230,16 +199,19 @@ class Trainer:
         set_learning_rate(self.optimizer, learning_rate)
         method, inputs, passes = packed
         result = Update(learning_rate, inputs)
+        gap: StepMetrics = {}
         for iteration in range(self.config.objective.num_iterations if passes else 0):
             measured = NOT_MEASURED
             if looks_past_tokens(method):
-                measured = measure(self.policy, passes, self.sampling.temperature)
+                measured = measure(self.policy, passes, self.temperature)
             hidden = measured.hidden_states
             inputs, ready = prepare(
                 method, inputs, passes, measured.statistics,
                 is_first=iteration == 0, trim=hidden is None,
             )  # fmt: skip
-            losses = backward(self.policy, ready, self.sampling.temperature, hidden)
+            losses = backward(self.policy, ready, self.temperature, hidden)
+            if iteration == 0:
+                gap = sampler_gap(ready.passes, losses)
             trained = with_old_logps(ready.passes, [item.logps for item in losses])
             result = Update(
                 learning_rate, inputs, self._optimizer_step() if trained else 0.0, tuple(trained),
@@ -247,6 +219,7 @@ class Trainer:
                 tuple(item.clipped for item in ready.coefficients),
                 trained_advantages(inputs, ready),
                 work_of(passes if measured.statistics else [], runs_layers=hidden is None),
+                gap,
             )  # fmt: skip
             # Tokens that were dropped have old log-probabilities too: the next iteration may pick
             # them.
@@ -257,7 +230,7 @@ class Trainer:
     def _with_ref_logps(self, item: PackedPass) -> PackedPass:
         """The pass with log-probabilities under the reference, through the same plan."""
         assert self.reference is not None
-        logps = token_statistics(self.reference, item.plan, self.sampling.temperature).logps
+        logps = token_statistics(self.reference, item.plan, self.temperature).logps
         return PackedPass(item.plan, dataclasses.replace(item.batch, ref_logps=logps))
 
     def _optimizer_step(self) -> float:
@@ -277,7 +250,7 @@ class Trainer:
             "grad_norm": update.grad_norm,
             "learning_rate": update.learning_rate,
             **(sampled.metrics if self.method.dynamic_sampling else {}),
-            **self.stream.metrics,
+            **self.sampler.stream.metrics,
             **scheduled(self.method, step / self.config.max_steps),
             **rollout_metrics(rollouts, rewards, pass_threshold=threshold),
             **token_metrics(
@@ -288,6 +261,23 @@ class Trainer:
             **down_sampling_metrics(
                 sampled.trained.rollouts, update.passes, update.measured, row_flops=self.row_flops
             ),
+            **(update.sampler_gap or {}),
             **speed_metrics(watch, rollouts, update.passes),
+            **(sampled.carried or {}),
+            "memory/peak_gib": peak_memory_bytes(self.policy.device) / GIB,
+        }
+
+    def skipped_metrics(self, step: int, sampled: Sampled, watch: Stopwatch) -> StepMetrics:
+        """What is logged where no prompt has all its completions yet: weights stay as they are."""
+        return {
+            "loss": 0.0,
+            "grad_norm": 0.0,
+            "learning_rate": scheduled_learning_rate(
+                self.config.optim, step, self.config.max_steps
+            ),
+            **self.sampler.stream.metrics,
+            "step_time": watch.last - watch.started,
+            **{f"time/{name}": seconds for name, seconds in watch.laps.items()},
+            **(sampled.carried or {}),
             "memory/peak_gib": peak_memory_bytes(self.policy.device) / GIB,
         }

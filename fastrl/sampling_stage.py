@@ -1,0 +1,198 @@
+"""The first half of a step: prompts, their completions, and what these are worth.
+
+Legend: P prompts, G num_generations, B = P*G completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fastrl.carried import (
+    InFlight,
+    ResumingEngine,
+    advance,
+    begun,
+    side_by_side,
+    staleness_metrics,
+)
+from fastrl.config import Config
+from fastrl.encoding import decode_completions, encode_prompts
+from fastrl.methods.record import Method
+from fastrl.metrics import Stopwatch
+from fastrl.policy import Policy
+from fastrl.prompt_stream import PromptStream
+from fastrl.replay import Recorded, Recorder, Replay
+from fastrl.rewards import Reward, score_completions
+from fastrl.rollout import Sampling, make_engine
+from fastrl.rollout_check import check_engine
+from fastrl.sampler import Sampled, Scored, sample_until_full
+from fastrl.seeding import make_generator
+from fastrl.tasks import Task
+from fastrl.types import Example, Prompts, Rewards, Rollouts
+
+
+class SamplingStage:
+    """Holds where the task's prompts stand, the engine, and completions that are carried over."""
+
+    def __init__(
+        self, config: Config, policy: Policy, task: Task, rewards: Sequence[Reward], method: Method
+    ) -> None:
+        self.config = config
+        self.policy = policy
+        self.task = task
+        self.rewards = tuple(rewards)
+        self.stream = PromptStream(
+            task,
+            first=config.warm_start.steps * config.warm_start.batch_size,
+            max_pass_rate=method.max_pass_rate,
+        )
+        self.engine = make_engine(config.rollout.engine, policy, config.rollout.engine_args)
+        self.sampling = Sampling(
+            num_generations=config.rollout.num_generations,
+            max_completion_length=config.rollout.max_completion_length,
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            min_p=config.rollout.min_p,
+            repetition_penalty=config.rollout.repetition_penalty,
+            stop_strings=config.rollout.stop_strings,
+        )
+        self.carried: InFlight | None = None
+        """Groups that go on in the next step; only with rollout.max_tokens_per_step."""
+        self.recorder: Recorder | None = None
+        """Writes down what every step sampled."""
+        self.replay: Replay | None = None
+        """Stands in for the engine and the rewards with what another run has written down."""
+        self.recorded: list[Recorded] = []
+        """The rounds of the last step."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether what the engine records of a token is what the policy thinks of it now."""
+        shares_weights = bool(getattr(self.engine, "shares_weights", False))
+        is_partial = self.config.rollout.max_tokens_per_step is not None
+        return shares_weights and not is_partial and not self.policy.bf16
+
+    def check(self, method: Method, step: int) -> list[str]:
+        """What there is to know of the engine; InputError if it does not sample from the policy.
+
+        Asks two prompts, and changes nothing that a step depends on.
+        """
+        if self.replay is not None:
+            return []
+        prompts = self.encode([self.task.train_example(index) for index in range(2)])
+        return check_engine(
+            self.engine, self.policy, prompts, self.sampling,
+            make_generator(self.policy.device, self.config.seed, "check", step), method,
+            name=self.config.rollout.engine,
+        )  # fmt: skip
+
+    def sample(
+        self, step: int, watch: Stopwatch, *, keeps: Callable[[Scored], Tensor] | None
+    ) -> Sampled:
+        """P prompts with scored completions.
+
+        keeps: with dynamic sampling, (P,) bool: those of some prompts that are trained on; others
+        are sampled in place of the rest. None: all are.
+        """
+        self.recorded = []
+        if self.config.rollout.max_tokens_per_step is not None:
+            sampled = self._sample_partial(step, watch, self.config.rollout.max_tokens_per_step)
+        else:
+            sampled = sample_until_full(
+                lambda num, number: self._sample_round(num, step, number, watch),
+                keeps or _keep_all,
+                num_prompts=self.config.prompts_per_step,
+                max_rounds=self.config.rollout.max_sampling_rounds if keeps is not None else 1,
+            )
+        if self.recorder is not None:
+            self.recorder.write(step, self.recorded)
+        return sampled
+
+    def _sample_round(self, num_prompts: int, step: int, number: int, watch: Stopwatch) -> Scored:
+        """Round `number` of a step, from 0: the next prompts, G completions of each, rewards."""
+        prompts, indices = self._next_prompts(num_prompts)
+        if self.replay is not None:
+            rollouts = self.replay.rollouts(step, number, prompts)
+        else:
+            rollouts = self.engine.generate(prompts, self.sampling, self._generator(step, number))
+        watch.lap("rollout")
+        scored = self._score(rollouts, step, number, watch)
+        self.recorded.append(Recorded(rollouts, indices, scored, tuple(range(num_prompts))))
+        return scored
+
+    def _sample_partial(self, step: int, watch: Stopwatch, max_tokens: int) -> Sampled:
+        """Groups that are under way and new ones, P together; those that end are trained on."""
+        flight = self._in_flight()
+        before = int(flight.rollouts.lengths.sum())
+        if self.replay is not None:
+            rollouts = self.replay.rollouts(step, 0, flight.rollouts.prompts)
+        else:
+            engine, generator = cast(ResumingEngine, self.engine), self._generator(step, 0)
+            rollouts = advance(engine, flight, self.sampling, generator, max_tokens=max_tokens)
+        flight = flight.advanced(rollouts, step)
+        watch.lap("rollout")
+        ended = flight.ended(self.sampling.max_completion_length)
+        chosen, others = (mask.nonzero()[:, 0].tolist() for mask in (ended, ~ended))
+        trained = flight.of_prompts(chosen) if chosen else None
+        scored = Scored(rollouts, [], Rewards(torch.zeros(0), {}))
+        if trained is not None:
+            scored = self._score(trained.rollouts, step, 0, watch)
+        self.carried = flight.of_prompts(others) if others else None
+        self.recorded.append(Recorded(rollouts, flight.indices, scored, tuple(chosen)))
+        metrics = staleness_metrics(trained, self.carried, self.sampling, step)
+        num_drawn = int(rollouts.lengths.sum()) - before
+        metrics["tokens_per_second/rollout"] = num_drawn / watch.laps["rollout"]
+        return Sampled(scored, scored, 1, 0, metrics)
+
+    def _in_flight(self) -> InFlight:
+        """What is carried over, first in line, and as many new prompts as make P."""
+        parts = [] if self.carried is None else [self.carried]
+        num_new = self.config.prompts_per_step - sum(part.num_prompts for part in parts)
+        if num_new:
+            prompts, indices = self._next_prompts(num_new)
+            parts.append(begun(prompts, indices, self.sampling))
+        return side_by_side(parts)
+
+    def _score(self, rollouts: Rollouts, step: int, number: int, watch: Stopwatch) -> Scored:
+        """Texts and rewards of completions that have ended; solved prompts are counted."""
+        texts = decode_completions(rollouts.completion_ids, self.policy.tokenizer)
+        if self.replay is not None:
+            rewards = self.replay.rewards(step, number, texts)
+        else:
+            rewards = score_completions(rollouts, texts, self.rewards)
+        watch.lap("score")
+        passed = rewards.total >= self.config.eval.pass_threshold
+        self.stream.record(rollouts.prompts.examples, passed.view(len(rollouts.prompts), -1))
+        return Scored(rollouts, texts, rewards)
+
+    def _next_prompts(self, num_prompts: int) -> tuple[Prompts, tuple[int, ...]]:
+        """The next prompts and their indices among the task's training examples."""
+        first = self.stream.cursor
+        examples = self.stream.draw(num_prompts)
+        indices = tuple(range(first, self.stream.cursor))
+        if len(indices) > num_prompts:  # some are solved and were passed over
+            task, stream = self.task, self.stream
+            indices = tuple(i for i in indices if not stream.is_solved(task.train_example(i)))
+        return self.encode(examples), indices
+
+    def _generator(self, step: int, number: int) -> torch.Generator:
+        labels = ("rollout", step, number) if number else ("rollout", step)
+        return make_generator(self.policy.device, self.config.seed, *labels)
+
+    def encode(self, examples: Sequence[Example]) -> Prompts:
+        """Examples as token ids under the run's limits."""
+        return encode_prompts(
+            examples,
+            self.policy.tokenizer,
+            max_prompt_length=self.config.rollout.max_prompt_length,
+            chat_template=self.config.data.chat_template,
+        )
+
+
+def _keep_all(scored: Scored) -> Tensor:
+    return torch.ones(len(scored.rollouts.prompts), dtype=torch.bool)
