@@ -363,6 +363,29 @@ def test_a_weight_that_would_round_an_adapter_is_not_folded(policy):
         engine.generate(prompts_of([3]), Sampling(1, 2), generator())
 
 
+def test_weights_of_four_bits_are_sampled_from(policy):
+    bnb = pytest.importorskip("bitsandbytes")
+    frozen = tiny_policy(hidden_size=64, intermediate_size=128, head_dim=16)
+    for layer in frozen.model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name, linear in list(block.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    quantised = bnb.nn.Linear4bit(
+                        linear.in_features, linear.out_features, bias=False,
+                        compute_dtype=torch.float32, quant_type="nf4",
+                    )  # fmt: skip
+                    quantised.weight = bnb.nn.Params4bit(
+                        linear.weight.data.clone(), requires_grad=False, quant_type="nf4"
+                    )
+                    setattr(block, name, quantised.to("cpu"))
+    frozen = many_ends(frozen)
+    ours, theirs = (
+        make_engine(name, frozen).generate(prompts_of(LENGTHS), Sampling(4, 30), generator())
+        for name in ("native", "generate")
+    )
+    assert_same(ours, theirs, atol=1e-3)
+
+
 def test_bf16_arithmetic_samples_too(policy):
     policy = Policy(tiny_policy().model, policy.tokenizer, bf16=True)
     rollouts = make_engine("native", policy).generate(
