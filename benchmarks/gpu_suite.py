@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from attention_cases import attention_loaders
 from compare import exit_status, measure_case
+from decode_cases import decode_loaders
 from implementations import load, logps_loaders, policy_loaders
 from logits_cases import forward_loaders, selected_loaders
 from rows import Row, environment, write_json
@@ -43,7 +44,7 @@ def main() -> int:
     device = "cpu" if args.tiny else "cuda"
     loaders = policy_loaders() | logps_loaders() | selected_loaders() | forward_loaders()
     of_attention = (item.case for item in suite_cases(args.tiny) if item.group == "attention")
-    loaders |= attention_loaders(next(of_attention).shape)
+    loaders |= attention_loaders(next(of_attention).shape) | decode_loaders()
     for line in load(loaders, device).absent:
         print(f"absent: {line}")
     rows: list[Row] = []

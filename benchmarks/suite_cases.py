@@ -1,7 +1,8 @@
 """The cases of gpu_suite.py in the order of their value, and who takes part in which.
 
 S selected tokens, D hidden, V vocabulary; of a group's attention P prompt tokens, R completion
-tokens, G completions; of a selection B sequences of C tokens.
+tokens, G completions; of decoding P prompts of L tokens and G rows of S tokens for each; of a
+selection B sequences of C tokens.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from dataclasses import dataclass
 
 import attention_cases
 import cases
+import decode_cases
 import logits_cases
 import selection_cases
 import torch
 from attention_cases import AttentionCase, Group
 from cases import Case, Prepared
+from decode_cases import Batch, DecodeCase
 from implementations import LOGPS, MIN_MEMORY, POLICY, fastrl_variants, policy_loaders
 from inputs import Shape
 from selection_cases import SelectionCase, Tokens
@@ -27,7 +30,7 @@ STABLE = (POLICY, LOGPS, "naive", "trl")  # the rest of the peers run in a proce
 class SuiteCase:
     """A case, the group of implementations in it, and after how long its process is killed."""
 
-    case: Case | AttentionCase | SelectionCase
+    case: Case | AttentionCase | DecodeCase | SelectionCase
     group: str
     limit_seconds: float
 
@@ -50,11 +53,15 @@ def suite_cases(tiny: bool) -> list[SuiteCase]:
     heads = (4, 2, 16) if tiny else (16, 8, 128)
     groups = [(24, 8, 2)] * 3 if tiny else [(512, 512, 8), (2048, 512, 16), (8192, 1024, 8)]
     short, long, longest = (Group(*group, *heads, torch.bfloat16, device) for group in groups)
+    batches = [(2, 3, 24, 8)] * 2 if tiny else [(8, 8, 512, 512), (8, 16, 2048, 512)]
+    few, many = (Batch(*batch, *heads, torch.bfloat16, device) for batch in batches)
     return [
         SuiteCase(Case("policy_loss", medium), "engines", 90),
         SuiteCase(Case("policy_loss", large), "engines", 90),
         SuiteCase(AttentionCase("attention", long), "attention", 60),
         SuiteCase(Case("policy_loss", small), "engines", 90),
+        SuiteCase(DecodeCase(many), "decode", 45),
+        SuiteCase(DecodeCase(few), "decode", 45),
         SuiteCase(Case("forward", medium), "all", 60),
         SuiteCase(Case("policy_loss", medium, 0.2), "engines", 60),
         SuiteCase(Case("policy_loss", medium), "peers", 90),
@@ -98,5 +105,6 @@ GROUPS: dict[str, Callable[..., Prepared]] = {
     "all": cases.prepare,
     "logits": logits_cases.prepare,
     "attention": attention_cases.prepare,
+    "decode": decode_cases.prepare,
     "selection": selection_cases.prepare,
 }
