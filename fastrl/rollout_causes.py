@@ -5,6 +5,7 @@ Legend: S tokens of a few short completions, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -61,14 +62,16 @@ def cause_of(
     if gap <= tolerance:
         return cause
     if not is_half(policy):
-        in_bf16 = Policy(policy.model, policy.tokenizer, bf16=True)
-        rounded = trainer_forward(in_bf16, rollouts, sampling.temperature).logps
-        if mean_gap(recorded, rounded.to(recorded)) <= mean_gap(recorded, forward.logps) / 2:
-            return Cause(
-                "dtype",
-                "the engine's are those of a bfloat16 forward pass, but the trainer runs in "
-                "float32; set model.bf16 = true or let the engine run in float32",
-            )
+        # Rounding falls alike where the same dtype runs, so its own pass is far closer than ours.
+        enough = mean_gap(recorded, forward.logps) / 2
+        for rounded, dtype in _in_bfloat16(policy):
+            logps = trainer_forward(rounded, rollouts, sampling.temperature).logps
+            if mean_gap(recorded, logps.to(recorded)) <= enough:
+                return Cause(
+                    "dtype",
+                    f"the engine's are those of a forward pass with {dtype}, but the trainer runs "
+                    "in float32; set model.bf16 = true or let the engine run in float32",
+                )
     if not shares_weights(engine):
         return Cause(
             "weights",
@@ -80,6 +83,18 @@ def cause_of(
         "no temperature, truncation or dtype explains it, so the engine reads other weights than "
         "those being trained, such as a stale copy",
     )
+
+
+def _in_bfloat16(policy: Policy) -> Iterator[tuple[Policy, str]]:
+    """The policy as it would be in bfloat16: its layers only, then a copy with rounded weights."""
+    yield Policy(policy.model, policy.tokenizer, bf16=True), "layers in bfloat16"
+    rounded = {
+        id(tensor): torch.nn.Parameter(tensor.detach().bfloat16(), requires_grad=False)
+        for tensor in policy.model.parameters()
+    }
+    # Parameters are taken from there: no second copy in float32 on the way.
+    model = copy.deepcopy(policy.model, rounded)
+    yield Policy(model, policy.tokenizer), "weights in bfloat16"
 
 
 def _temperatures(

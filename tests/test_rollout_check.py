@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from fastrl.assembly import build_trainer
 from fastrl.config import ObjectiveConfig
@@ -97,6 +100,16 @@ class HalfEngine(NativeEngine):
         super().__init__(Policy(policy.model, policy.tokenizer, bf16=True))
 
 
+class HalfWeightsEngine(NativeEngine):
+    """Runs a copy of the weights that was loaded in bfloat16."""
+
+    def __init__(self, policy: Policy) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            policy.save(Path(directory))
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+        super().__init__(Policy(model, policy.tokenizer))
+
+
 class SilentEngine(NativeEngine):
     """Records nothing."""
 
@@ -164,7 +177,8 @@ def test_a_small_difference_of_temperature_is_found(factor):
         ),
         (TopKEngine, SAMPLING, r"truncation: .* 7 most likely tokens \(top_k 7\)"),
         (TopPEngine, SAMPLING, r"truncation: .* over 0\.8 of the probability \(top_p 0\.8\)"),
-        (HalfEngine, SAMPLING, "dtype: .* bfloat16 forward pass"),
+        (HalfEngine, SAMPLING, "dtype: .* layers in bfloat16"),
+        (HalfWeightsEngine, SAMPLING, "dtype: .* weights in bfloat16"),
     ],
 )
 def test_the_cause_is_named(engine, sampling, cause):
