@@ -57,6 +57,9 @@ class Engine(Protocol):
 ENGINES = {
     "native": "fastrl.rollout.native:NativeEngine",
     "generate": "fastrl.rollout.generate:GenerateEngine",
+    "hf_cb": "fastrl.rollout.continuous_batching:ContinuousBatchingEngine",
+    "vllm": "fastrl.rollout.vllm:VLLMEngine",
+    "http": "fastrl.rollout.http:HTTPEngine",
 }
 """Where the class of each engine lives: called with the policy and rollout.engine_args."""
 
