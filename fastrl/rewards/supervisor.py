@@ -30,6 +30,7 @@ STOP_SECONDS = 2.0  # for killed workers to be gone
 
 def main(descriptor: int) -> None:
     """Serve the pool at the other end of the socket until it hangs up, then leave nothing."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever the pool's thread had blocked
     channel = Channel(socket.socket(fileno=descriptor))
     messages: list[Settings] = []
     while not messages:
@@ -98,6 +99,7 @@ class Supervisor:
             else:
                 for worker in list(self.workers.values()):
                     if worker.channel is source:
+                        worker.write()
                         self._read(worker)
         for worker in list(self.workers.values()):
             self._end_if_late(worker)
@@ -133,7 +135,7 @@ class Supervisor:
                 self.failed_starts = 0
                 self.pool.send(message)
         if worker.has_hung_up:
-            self._end(worker, "crash")
+            self._end(worker, "crash", worker.current)
 
     def _reap(self) -> None:
         """Find out which workers are no more."""
@@ -148,20 +150,20 @@ class Supervisor:
                 if pid in self.workers:
                     self._read(self.workers[pid])
                 if pid in self.workers:  # something it left behind holds its socket open
-                    self._end(self.workers[pid], "crash")
+                    self._end(self.workers[pid], "crash", self.workers[pid].current)
 
     def _end_if_late(self, worker: WorkerProcess) -> None:
         deadline = worker.deadline(self.settings.timeout_s)
         if deadline is None or time.monotonic() < deadline:
             return
+        current = worker.current
         self._read(worker)  # it may have answered at the last moment
         is_there = worker.pid in self.workers
         if is_there and worker.deadline(self.settings.timeout_s) == deadline:
-            self._end(worker, "timeout")
+            self._end(worker, "timeout", current)
 
-    def _end(self, worker: WorkerProcess, cause: str) -> None:
+    def _end(self, worker: WorkerProcess, cause: str, current: int) -> None:
         """Kill a worker; its current call is to blame, the others of its batch begin anew."""
-        current = worker.current
         worker.kill()
         del self.workers[worker.pid]
         self.selector.unregister(worker.channel)

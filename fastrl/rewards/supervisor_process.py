@@ -35,9 +35,10 @@ class SupervisorProcess:
 
     def __init__(self, settings: Settings) -> None:
         ours, theirs = socket.socketpair()
+        path = json.dumps([str(entry) for entry in sys.path])
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-c", COMMAND, json.dumps(sys.path), str(theirs.fileno())],
+                [sys.executable, "-c", COMMAND, path, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **ONE_THREAD},
                 pass_fds=[theirs.fileno()],

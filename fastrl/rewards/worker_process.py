@@ -73,6 +73,11 @@ class WorkerProcess:
         with suppress(ConnectionError):  # its death will be noticed
             self.channel.send(calls)
 
+    def write(self) -> None:
+        """Send what its socket had no room for."""
+        with suppress(ConnectionError):
+            self.channel.flush()
+
     def read(self) -> list[list[Answer] | Ready | Unloadable]:
         """All that it has said since."""
         messages: list[Any] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from functools import partial
 
 import pytest
@@ -112,6 +113,31 @@ def test_a_function_gets_the_completions_of_one_prompt_in_the_order_of_their_row
         for row in (1, 0, 3):  # fewer than were announced
             pool.submit(row if row < 2 else 2, examples[row // 2], "x", [0], num_generations=2)
         assert pool.collect().total.tolist() == [20, 21, 10]
+
+
+def test_scoring_begins_before_anything_is_collected(source, tmp_path):
+    log = tmp_path / "log"
+    log.write_text("")
+    example = Example("q", "a", {"log": str(log)})
+    with pool_of([f"{source}:noted", "exact", "math"]) as pool:
+        for row, text in enumerate("abcd"):
+            pool.submit(row, example, text, [0], num_generations=2)
+            while row % 2 and log.read_text().split() != list("abcd"[: row + 1]):
+                time.sleep(0.01)  # a test that waits for ever has failed
+        assert pool.collect().parts["exact"].tolist() == [1, 0, 0, 0]
+
+
+def test_completions_of_megabytes(source):
+    texts = [str(row) * 1_000_000 for row in range(10)]
+    ids = [[row] * 300_000 for row in range(10)]
+    example = Example("q", texts[3], {"level": 1})
+    with pool_of(["exact", f"{source}:length"], [1e8, 1.0]) as pool:
+        for num_generations in (1, 10):
+            for row, text in enumerate(texts):
+                pool.submit(row, example, text, ids[row], num_generations=num_generations)
+            parts = pool.collect().parts
+            assert parts["exact"].tolist() == [float(row == 3) for row in range(10)]
+            assert parts["length"].tolist() == [1_000_100 + 3_000_000 * row for row in range(10)]
 
 
 def test_deterministic_functions_are_called_once_for_equal_completions(source, tmp_path):

@@ -94,7 +94,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pool(source):
     specs = [f"{source}:act", "exact"]
-    with RewardPool(specs, [1.0, 10.0], None, num_workers=2, timeout_s=0.7) as pool:
+    with RewardPool(specs, [1.0, 10.0], None, num_workers=2, timeout_s=1.0) as pool:
         yield pool
 
 
@@ -134,11 +134,11 @@ def test_many_failures_among_many_completions(pool):
     assert found.total.tolist() == expected
     assert pool.metrics["rewards/timeouts"] == 2
     assert pool.metrics["rewards/crashes"] == 3
-    assert pool.metrics["time/score_wait"] > 0.7
+    assert pool.metrics["time/score_wait"] > 1.0
 
 
 def test_a_reference_answer_that_hangs_or_crashes_is_an_error(pool):
-    for answer, message in [("sleep", "took over 0.7 s on the ref"), ("exit", "ended its process")]:
+    for answer, message in [("sleep", "took over 1 s on the ref"), ("exit", "ended its process")]:
         with pytest.raises(InputError, match=f"my_rewards.py:act' {message}.* 'the prompt'; mend"):
             pool.check(Example("the prompt", answer))
 
