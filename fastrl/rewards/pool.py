@@ -143,10 +143,12 @@ class RewardPool:
         return weighted_total(examples, scores, [x.weight for x in self._names], failed=failed)
 
     def score(self, rollouts: Rollouts, texts: Sequence[str]) -> Rewards:
-        """What score_completions returns, for completions that are all there."""
+        """What score_completions returns; rows that were submitted already are only waited for."""
+        num_generations = rollouts.num_generations
         for row, example in enumerate(examples_of(rollouts, texts)):
-            ids = rollouts.completion_ids[row].tolist()
-            self.submit(row, example, texts[row], ids, num_generations=rollouts.num_generations)
+            if row not in self._round.examples:
+                ids = rollouts.completion_ids[row].tolist()
+                self.submit(row, example, texts[row], ids, num_generations=num_generations)
         return self.collect()
 
     def check(self, example: Example) -> None:

@@ -127,6 +127,16 @@ def test_scoring_begins_before_anything_is_collected(source, tmp_path):
         assert pool.collect().parts["exact"].tolist() == [1, 0, 0, 0]
 
 
+def test_score_submits_what_was_not(source):
+    examples = [Example("a", columns={"level": 0}), Example("b", columns={"level": 1})]
+    rollouts, texts = roll(examples, 2), ["x", "yy", "zzz", ""]
+    with pool_of([f"{source}:length"]) as pool:
+        for row in (3, 1):
+            ids = rollouts.completion_ids[row].tolist()
+            pool.submit(row, examples[row // 2], texts[row], ids, num_generations=2)
+        assert pool.score(rollouts, texts).total.tolist() == [1, 22, 163, 220]
+
+
 def test_completions_of_megabytes(source):
     texts = [str(row) * 1_000_000 for row in range(10)]
     ids = [[row] * 300_000 for row in range(10)]
