@@ -32,7 +32,7 @@ def cases() -> list[Case]:
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         found += _head_cases(dtype) + _product_cases(dtype) + _row_cases(dtype)
-        found += _attention_cases(dtype) + _selection_cases(dtype)
+        found += _attention_cases(dtype) + _decode_cases(dtype) + _selection_cases(dtype)
     return found + _shared_cases()
 
 
@@ -227,6 +227,48 @@ def _attention_cases(dtype: torch.dtype) -> list[Case]:
             {"SIZE": size, "BLOCK": size, "BLOCK_N": tiling.key_gradients.keys}, pointers,
         ),
     ]  # fmt: skip
+    return found
+
+
+def _decode_cases(dtype: torch.dtype) -> list[Case]:
+    from fastrl_kernels.decode_attention import launch
+    from fastrl_kernels.products import HALF
+
+    name, module = TRITON_DTYPE[dtype], "fastrl_kernels.decode_attention.kernel"
+    tables = ("row_groups_ptr", "tiles_ptr", "prefix_lengths_ptr", "suffix_length_ptr")
+    pointers = dict.fromkeys(tables, "*i32")
+    pointers |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "sinks_ptr", "out_ptr"), f"*{name}")
+    found = []
+    tiles = launch.HALF_TILES if dtype in HALF else launch.WIDE_TILES
+    for (size, tile), has_all in itertools.product(tiles.items(), (False, True)):
+        sizes = {"HEAD_SIZE": size, "VALUE_SIZE": size, "BLOCK_K": size, "BLOCK_V": size}
+        shapes = {(True, min(tile.queries, queries)) for queries in (16, 32, 64)}
+        for is_prefix, queries in sorted(shapes | {(False, 16), (False, tile.queries)}):
+            constants = {
+                **sizes, "IS_PREFIX": is_prefix, "HAS_SOFTCAP": has_all, "HAS_WINDOW": has_all,
+                "BLOCK_M": queries, "BLOCK_N": tile.columns, "SPLIT": launch.SPLIT,
+                "UPCAST": False,
+            }  # fmt: skip
+            what = f"{'prefix' if is_prefix else 'suffix'}, {name}, {size}, {queries} queries"
+            found.append(
+                Case(
+                    f"decode attention ({what}{', window, softcap' if has_all else ''})",
+                    f"{module}:parts_kernel", constants, pointers,
+                    () if has_all else ("suffix_length_ptr",), **tile.threads(queries),
+                )
+            )  # fmt: skip
+    found.append(
+        Case(
+            f"decode attention's merge ({name})", f"{module}:merge_kernel",
+            {"HAS_SINKS": True, "VALUE_SIZE": 256, "BLOCK_V": 256, "BLOCK_M": launch.MERGED},
+            pointers,
+        )
+    )  # fmt: skip
+    if dtype == torch.float32:
+        constants = {"BLOCK_M": 32, "BLOCK": launch.GROUP_BLOCK}
+        found.append(
+            Case("decode attention's tiles", f"{module}:tiles_kernel", constants, pointers)
+        )
     return found
 
 
