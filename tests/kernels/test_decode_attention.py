@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels import decode_attention, make_segments
-from fastrl_kernels.decode_attention import decode_attention_reference
+from fastrl_kernels.decode_attention import decode_attention_reference, grouped
 from fastrl_kernels.decode_attention.op import decode_attention_op
 from fastrl_kernels.segment_attention import segment_attention_reference
 from tests.kernels.decode_cases import LENGTHS, OPTIONS, SINKS, make_case, with_sinks
@@ -86,6 +86,16 @@ def test_half_precision_is_rounded_once(
     expected = decode_attention_reference(*wide, **where, **options)
     assert out.dtype == dtype
     assert (out - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_half_precision_some_groups_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers, whatever number of groups is copied at a time."""
+    tensors, where = make_case(dtype=torch.bfloat16)
+    expected = decode_attention(*tensors, **where, window=20)
+    for num_bytes in (1, 30_000, 45_000):
+        monkeypatch.setattr(grouped, "COPIED_BYTES", num_bytes)
+        out = decode_attention(*tensors, **where, window=20)
+        torch.testing.assert_close(out, expected, rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("shift", [30.0, -30.0])

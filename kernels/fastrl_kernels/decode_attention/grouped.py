@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels.head import accumulation_dtype
+from fastrl_kernels.products import HALF
+
+COPIED_BYTES = 2**22  # of keys and values at a time, so that their copies stay in the cache
 
 
 class Options(NamedTuple):
@@ -64,13 +67,41 @@ def grouped_attention(
     row_groups: Tensor, prefix_lengths: Tensor, suffix_length: int, sinks: Tensor | None,
     options: Options,
 ) -> Tensor:  # fmt: skip
-    """(R, H, Kv) outputs; reads the groups and lengths on the host."""
+    """(R, H, Kv) outputs; reads the groups and lengths on the host.
+
+    Keys and values of half precision are copied in that of the sums, some groups at a time.
+    """
+    num_groups, size = prefix_k.shape[0], q.shape[2] + suffix_v.shape[3]
+    out = q.new_empty(*q.shape[:2], suffix_v.shape[3])
+    if q.shape[0] == 0:
+        return out
+    counts = counts_of(row_groups, num_groups)
+    step = num_groups
+    if q.dtype in HALF:
+        num_columns = prefix_k.shape[2] + int(counts.max()) * suffix_length
+        step = max(1, COPIED_BYTES // (4 * suffix_k.shape[1] * size * num_columns))
+    ends = [0, *counts.cumsum(0).tolist()]
+    for first in range(0, num_groups, step):
+        groups = slice(first, min(first + step, num_groups))
+        rows = slice(ends[groups.start], ends[groups.stop])
+        if rows.start < rows.stop:
+            out[rows] = _attend(
+                q[rows], prefix_k[groups], prefix_v[groups], suffix_k[rows], suffix_v[rows],
+                places_of(row_groups[rows].long() - first, counts[groups]), prefix_lengths[groups],
+                suffix_length, sinks, options,
+            )  # fmt: skip
+    return out
+
+
+def _attend(
+    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor,
+    places: Places, prefix_lengths: Tensor, suffix_length: int, sinks: Tensor | None,
+    options: Options,
+) -> Tensor:  # fmt: skip
+    """(R, H, Kv) outputs of at least one row."""
     num_rows, num_heads, head_size = q.shape
     dtype, num_kv_heads = accumulation_dtype(q.dtype), suffix_k.shape[1]
     num_sharing = num_heads // num_kv_heads
-    if num_rows == 0:
-        return q.new_empty(0, num_heads, suffix_v.shape[3])
-    places = places_of(row_groups, prefix_k.shape[0])
     prefix = visible_prefix(prefix_k, prefix_v, prefix_lengths, suffix_length, options.window)
     has_prefix = prefix.keys.shape[2] > 0
     first = 0 if options.window is None else max(0, suffix_length - options.window)
@@ -101,19 +132,23 @@ def grouped_attention(
         out += places.by_row(_weighted(shared, prefix, dtype), num_sharing)
     if sinks is not None:  # takes part in the denominator and has no value
         total += sink.sub_(largest).exp_()
-    return out.div_(total).view(num_rows, num_heads, -1).to(q.dtype)
+    return out.div_(total).view(num_rows, num_heads, -1)
 
 
-def places_of(row_groups: Tensor, num_groups: int) -> Places:
-    """The places of (R,) rows, at least one; groups that decrease or do not exist raise."""
-    groups = row_groups.long()
-    counts = torch.bincount(groups, minlength=num_groups)
-    if len(counts) > num_groups or bool((groups[1:] < groups[:-1]).any()):
+def counts_of(row_groups: Tensor, num_groups: int) -> Tensor:
+    """(P,) int64 rows of every group; groups that decrease or do not exist raise."""
+    counts = torch.bincount(row_groups, minlength=num_groups)
+    if len(counts) > num_groups or bool((row_groups[1:] < row_groups[:-1]).any()):
         raise ValueError(
             f"row_groups must not decrease and name one of {num_groups} prefixes, got "
             f"{row_groups.tolist()}; sort the rows by group"
         )
-    width = int(counts.max())
+    return counts
+
+
+def places_of(groups: Tensor, counts: Tensor) -> Places:
+    """The places of (R,) rows in groups of so many."""
+    num_groups, width = len(counts), int(counts.max())
     if len(groups) == num_groups * width:
         return Places(num_groups, width, None)
     starts = counts.cumsum(0) - counts
