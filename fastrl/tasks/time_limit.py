@@ -1,4 +1,8 @@
-"""A time limit for verifiers, which evaluate whatever expression a model wrote."""
+"""A time limit for verifiers, which evaluate whatever expression a model wrote.
+
+It ends a block of Python and costs nothing. What never returns to Python, or catches all it can, is
+left to the limit of a RewardPool, which ends the process.
+"""
 
 from __future__ import annotations
 
