@@ -122,9 +122,13 @@ def test_ctrl_c_saves_a_checkpoint_and_resuming_ends_like_an_undisturbed_run(tmp
     assert weights[0] == weights[1]
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_bits(tmp_path, config):
+PARTIAL = ["--rollout.max-tokens-per-step", "14", "--objective.rollout-correction", "decoupled"]
+
+
+@pytest.mark.parametrize("more", [[], PARTIAL])
+def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_bits(tmp_path, config, more):
     run, whole = tmp_path / "run", tmp_path / "whole"
-    flags = ["--max-steps", "8", "--save.save-steps", "2", "--objective.beta", "0.1"]
+    flags = ["--max-steps", "8", "--save.save-steps", "2", "--objective.beta", "0.1", *more]
     process = subprocess.Popen(
         [sys.executable, "-m", "fastrl", "train", str(config), "--output-dir", str(run), *flags],
         stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
