@@ -7,25 +7,14 @@ Everything here is frozen and checks its own shapes: a stage can trust what it i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastrl.example import Example as Example
+from fastrl.example import Message as Message
 from fastrl_kernels.segments import Segments
-
-Message = dict[str, str]
-"""One chat turn: {"role": ..., "content": ...}."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One record of a task: a prompt, its reference answer if any, and other columns."""
-
-    prompt: str | list[Message]
-    answer: str | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

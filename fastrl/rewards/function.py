@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from fastrl.errors import InputError, nearest
+from fastrl.example import Example
 from fastrl.tasks.prompt import prompt_start
-from fastrl.types import Example
 
 RewardFunction = Callable[
     [Sequence[Example], Sequence[str], Sequence[list[int]]], list[float | None]

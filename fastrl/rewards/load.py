@@ -9,10 +9,10 @@ from math import isfinite
 from typing import NamedTuple
 
 from fastrl.errors import InputError, nearest
+from fastrl.example import Example
 from fastrl.rewards.function import RewardFunction, checked_function, load_function
 from fastrl.rewards.math import math_reward
 from fastrl.tasks import Task
-from fastrl.types import Example
 
 BUILT_IN = ["task", "math", "exact"]
 

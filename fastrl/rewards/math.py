@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from fastrl.example import Example
 from fastrl.tasks.time_limit import is_main_thread
-from fastrl.types import Example
 
 TIMEOUT_SECONDS = 3  # per parse and per comparison; whole seconds, as signal.alarm takes
 LARGEST_EXPONENT = 30  # of ten, up to which a number is written out

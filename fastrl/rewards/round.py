@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fastrl.errors import InputError
+from fastrl.example import Example
 from fastrl.rewards.cache import ScoreCache, hash_of, score_key
 from fastrl.rewards.calls import Answer, Call, Failure, joined
 from fastrl.tasks.prompt import prompt_start
-from fastrl.types import Example, StepMetrics
+from fastrl.types import StepMetrics
 
 
 class Score(NamedTuple):

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from fastrl.errors import InputError
+from fastrl.example import Example
 from fastrl.rewards.calls import Answer, Call, Failure, Ready, Unloadable
 from fastrl.rewards.channel import Channel
 from fastrl.rewards.function import RewardFunction
 from fastrl.rewards.load import load_function_of
 from fastrl.tasks import Task
-from fastrl.types import Example
 
 PROGRESS = struct.Struct("=dq")  # when the current call of a batch began (monotonic), and which
 ANSWER_SECONDS = 0.005  # answers are kept this long at most, so that little is lost with a worker

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from fastrl.errors import InputError, nearest
+from fastrl.example import Example
 from fastrl.tasks.jsonl import JsonlTask
 from fastrl.tasks.procedural import ProceduralTask, parameter_defaults
-from fastrl.types import Example
 
 KINDS = ["reasoning_gym", "jsonl"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from fastrl.errors import InputError
+from fastrl.example import Example, Message
 from fastrl.tasks.prompt import prompt_key, with_system_prompt
-from fastrl.types import Example, Message
 
 RESERVED = ("prompts", "completions", "completion_ids")  # what reward functions already receive
 SPLIT, EPOCH = range(2)  # streams of random numbers

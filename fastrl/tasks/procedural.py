@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from fastrl.errors import InputError, nearest
+from fastrl.example import Example
 from fastrl.tasks.prompt import prompt_key, with_system_prompt
 from fastrl.tasks.time_limit import TimeLimitExceeded, time_limit
-from fastrl.types import Example
 
 CHUNK = 1024  # problems per dataset object: acre, gsm_symbolic and list_functions allocate by size
 DRAWS = 256  # tries to replace a training problem that is held out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from fastrl.errors import InputError
-from fastrl.types import Message
+from fastrl.example import Message
 
 START_LENGTH = 60  # characters of a prompt quoted in an error
 

@@ -8,18 +8,23 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from fastrl.rewards import RewardPool
+from fastrl.tasks import load_task
 from fastrl.types import Example
 
 SOURCE = """
-import os, subprocess, time
+import os, subprocess, sys, time
 
 def process(completions):
     return [os.getpid()] * len(completions)
+
+def libraries(completions):
+    return [float("torch" in sys.modules or "transformers" in sys.modules)] * len(completions)
 
 def parent(completions):
     return [os.getppid()] * len(completions)
@@ -192,6 +197,14 @@ def test_no_more_workers_than_asked_for_and_one_supervisor(source):
     assert 1 <= len(parts["process"].unique()) <= 3
     (supervisor,) = map(int, parts["parent"].unique().tolist())
     assert not runs(supervisor)
+
+
+def test_workers_do_without_torch(source):
+    load = partial(load_task, "reasoning_gym:gcd", {}, seed=0, eval_size=0)
+    specs = [f"{source}:libraries", "task", "math", "exact"]
+    with RewardPool(specs, None, load, num_workers=1, timeout_s=60.0) as pool:
+        pool.submit(0, load().train_example(0), "1", [0], num_generations=1)
+        assert pool.collect().parts["libraries"].item() == 0
 
 
 def test_a_fork_of_the_supervisor_is_safe(source):
