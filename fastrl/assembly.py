@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from fastrl.methods.checks import check_generations, check_sizes
 from fastrl.methods.resolve import resolve_method
 from fastrl.packing import pack
 from fastrl.policy import Policy, load_policy, new_policy
-from fastrl.rewards import Reward, check_rewards, load_rewards
+from fastrl.rewards import LocalScorer, RewardPool, Scorer, load_rewards
 from fastrl.tasks import Task, load_task
 from fastrl.trainer import Trainer
 
@@ -40,20 +41,44 @@ def build_trainer(config: Config, directory: Path | None = None) -> Trainer:
             f"max_tokens_per_pass must hold one prompt and completion, at least {longest} tokens "
             f"(max_prompt_length + max_completion_length - 1), got {config.max_tokens_per_pass}"
         )
-    task, rewards = load_task_and_rewards(config)
-    policy = _policy(config, task, directory)
-    _check_packing(policy)
-    trainer = Trainer(config, policy, task, rewards, method)
-    check_partial_rollouts(config, method, trainer.sampler.engine)
-    _check_lengths(config, trainer)
+    task, scorer = load_task_and_scorer(config)
+    try:
+        policy = _policy(config, task, directory)
+        _check_packing(policy)
+        trainer = Trainer(config, policy, task, scorer, method)
+        check_partial_rollouts(config, method, trainer.sampler.engine)
+        _check_lengths(config, trainer)
+    except BaseException:
+        scorer.close()
+        raise
     return trainer
 
 
-def load_task_and_rewards(config: Config) -> tuple[Task, tuple[Reward, ...]]:
-    """What is asked and how answers are scored, tried on what is known before a run."""
+def load_task_and_scorer(config: Config) -> tuple[Task, Scorer]:
+    """What is asked and who scores the answers, tried on what is known before a run."""
     if not config.task:
         raise InputError("no task given; set task = 'reasoning_gym:NAME' or 'jsonl:PATH'")
-    task = load_task(
+    task = _task(config)
+    scorer: Scorer
+    if config.reward_workers:
+        scorer = RewardPool(
+            config.rewards, config.reward_weights, partial(_task, config),
+            num_workers=config.reward_workers, timeout_s=config.reward_timeout,
+        )  # fmt: skip
+    else:
+        scorer = LocalScorer(load_rewards(config.rewards, config.reward_weights, task))
+    unanswered = [example for example in task.known_examples() if example.answer is None]
+    try:
+        for example in (task.train_example(0), *unanswered[:1]):
+            scorer.check(example)
+    except BaseException:
+        scorer.close()
+        raise
+    return task, scorer
+
+
+def _task(config: Config) -> Task:
+    return load_task(
         config.task,
         config.task_args,
         seed=config.seed,
@@ -62,11 +87,6 @@ def load_task_and_rewards(config: Config) -> tuple[Task, tuple[Reward, ...]]:
         answer_tag=config.data.answer_tag,
         system_prompt=config.data.system_prompt,
     )
-    rewards = load_rewards(config.rewards, config.reward_weights, task)
-    unanswered = [example for example in task.known_examples() if example.answer is None]
-    for example in (task.train_example(0), *unanswered[:1]):
-        check_rewards(rewards, example)
-    return task, rewards
 
 
 def _policy(config: Config, task: Task, directory: Path | None) -> Policy:

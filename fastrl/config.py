@@ -227,6 +227,11 @@ class Config:
     """What scores a completion: task, math, exact, MODULE:FUNCTION or FILE.py:FUNCTION."""
     reward_weights: tuple[float, ...] | None = None
     """One factor a reward; by default 1 each."""
+    reward_workers: CountOrZero = 2
+    """Processes that score completions while others are sampled; 0 scores in this one, where a
+    reward that hangs or crashes takes the run along."""
+    reward_timeout: Positive = 30.0
+    """Seconds a reward may take for one call; then it is stopped, counted, and gives no score."""
     method: str = "grpo"
     """Policy-optimisation method, see `fastrl methods`."""
     output_dir: str = "runs/run"

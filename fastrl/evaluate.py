@@ -6,7 +6,6 @@ Legend: P prompts, n samples of a prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastrl.encoding import decode_completions
-from fastrl.rewards import Reward, score_completions
+from fastrl.rewards import Scorer
 from fastrl.rollout import Engine, Sampling
 from fastrl.types import Prompts, Rollouts, StepMetrics
 
@@ -45,7 +44,7 @@ class Evaluation:
 
 
 def evaluate_policy(
-    engine: Engine, tokenizer: Any, prompts: Prompts, rewards: Sequence[Reward],
+    engine: Engine, tokenizer: Any, prompts: Prompts, scorer: Scorer,
     sampling: Sampling, generator: torch.Generator, *, pass_threshold: float,
 ) -> Evaluation:  # fmt: skip
     """Sample `sampling.num_generations` completions a prompt and score them like in training.
@@ -58,7 +57,7 @@ def evaluate_policy(
         part = Prompts(prompts.token_ids[start:stop], prompts.examples[start:stop])
         rollouts: Rollouts = engine.generate(part, sampling, generator)
         texts = decode_completions(rollouts.completion_ids, tokenizer)
-        totals.append(score_completions(rollouts, texts, rewards).total)
+        totals.append(scorer.score(rollouts, texts).total)
         lengths.append(rollouts.lengths)
         finished.append(rollouts.finished)
     total = torch.cat(totals)

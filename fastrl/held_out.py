@@ -22,7 +22,7 @@ def evaluate_held_out(trainer: Trainer, prompts: Prompts) -> Evaluation:
         trainer.sampler.engine,
         trainer.policy.tokenizer,
         prompts,
-        trainer.rewards,
+        trainer.sampler.scorer,
         sampling,
         make_generator(trainer.policy.device, trainer.config.seed, "eval"),
         pass_threshold=settings.pass_threshold,

@@ -6,17 +6,18 @@ Legend: P prompts, G num_generations.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from fastrl.assembly import load_task_and_rewards
+from fastrl.assembly import load_task_and_scorer
 from fastrl.config import Config
 from fastrl.errors import InputError
 from fastrl.metrics import rollout_metrics
 from fastrl.replay import Replay, SavedRound
-from fastrl.rewards import score_completions
+from fastrl.rewards import Scorer
 from fastrl.rollout_tensors import from_tensors
 from fastrl.sampler import Scored, joined, rollouts_of_prompts
 from fastrl.tasks import Task
@@ -59,16 +60,18 @@ def rescore(config: Config, directory: Path) -> Rescored:
     Nothing is sampled and no model is loaded; the config's task must be that of the rollouts.
     """
     replay = Replay(directory)
-    task, rewards = load_task_and_rewards(config)
+    task, scorer = load_task_and_scorer(config)
+    with closing(scorer):
+        return _rescored(config, replay, task, scorer)
+
+
+def _rescored(config: Config, replay: Replay, task: Task, scorer: Scorer) -> Rescored:
     found = Rescored([], [], [], 0)
     for step in replay.steps():
         before = list(_scored(replay.rounds(step), task, step))
         if not before:
             continue
-        after = [
-            Scored(x.rollouts, x.texts, score_completions(x.rollouts, x.texts, rewards))
-            for x in before
-        ]
+        after = [Scored(x.rollouts, x.texts, scorer.score(x.rollouts, x.texts)) for x in before]
         for metrics, parts in ((found.recorded, before), (found.now, after)):
             whole = joined(parts)
             metrics.append(
@@ -80,7 +83,7 @@ def rescore(config: Config, directory: Path) -> Rescored:
         num_completions = found.num_completions + sum(len(part.texts) for part in before)
         found = found._replace(num_completions=num_completions)
     if not found.steps:
-        raise InputError(f"{directory} holds no completions that had been scored")
+        raise InputError(f"{replay.directory} holds no completions that had been scored")
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +66,25 @@ def train(
         check_resumable(load_config(run_directory / "config.toml"), config)
     if overwrite:
         refuse_own_input(run_directory, config)
-    run = _prepare(config, run_directory, checkpoint)
-    check_disk(run_directory, run.trainer.policy, config.save)
-    tokenizer = run.trainer.policy.tokenizer
-    if replay_rollouts is not None:
-        replay = Replay(replay_rollouts)
-        replay.check(config, tokenizer, first_step=run.state.step)
-        run.trainer.sampler.replay = replay
-    if save_rollouts is not None:
-        run.trainer.sampler.recorder = Recorder(
-            save_rollouts, config, tokenizer, overwrite=overwrite, resume=resume
-        )
-    run.check_engine(run.state.step)
-    if overwrite:
-        clear(run_directory)
-    run_directory.mkdir(parents=True, exist_ok=True)
-    save_config(config, run_directory / "config.toml")
-    return run.execute()
+    trainer = build_trainer(config, checkpoint)
+    with closing(trainer.sampler.scorer):
+        run = _prepare(config, run_directory, checkpoint, trainer)
+        check_disk(run_directory, trainer.policy, config.save)
+        tokenizer = trainer.policy.tokenizer
+        if replay_rollouts is not None:
+            replay = Replay(replay_rollouts)
+            replay.check(config, tokenizer, first_step=run.state.step)
+            trainer.sampler.replay = replay
+        if save_rollouts is not None:
+            trainer.sampler.recorder = Recorder(
+                save_rollouts, config, tokenizer, overwrite=overwrite, resume=resume
+            )
+        run.check_engine(run.state.step)
+        if overwrite:
+            clear(run_directory)
+        run_directory.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_directory / "config.toml")
+        return run.execute()
 
 
 class Run:
@@ -268,11 +270,11 @@ def evaluate(config: Config, run_directory: Path | None) -> Evaluation:
         if directory is None:
             raise InputError(f"{run_directory} has neither final nor a checkpoint to evaluate")
     trainer = build_trainer(config, directory)
-    return evaluate_held_out(trainer, trainer.encode(trainer.task.eval_examples()))
+    with closing(trainer.sampler.scorer):
+        return evaluate_held_out(trainer, trainer.encode(trainer.task.eval_examples()))
 
 
-def _prepare(config: Config, directory: Path, checkpoint: Path | None) -> Run:
-    trainer = build_trainer(config, checkpoint)
+def _prepare(config: Config, directory: Path, checkpoint: Path | None, trainer: Trainer) -> Run:
     if checkpoint is None:
         return Run(config, directory, trainer, TrainerState(), None)
     state = restore(trainer, directory, checkpoint)

@@ -5,7 +5,7 @@ Legend: P prompts, G num_generations, B = P*G completions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -26,25 +26,25 @@ from fastrl.metrics import Stopwatch
 from fastrl.policy import Policy
 from fastrl.prompt_stream import PromptStream
 from fastrl.replay import Recorded, Recorder, Replay
-from fastrl.rewards import Reward, score_completions
+from fastrl.rewards import Scorer
 from fastrl.rollout import Sampling, make_engine
 from fastrl.rollout_check import check_engine
 from fastrl.sampler import Sampled, Scored, sample_until_full
 from fastrl.seeding import make_generator
 from fastrl.tasks import Task
-from fastrl.types import Example, Prompts, Rewards, Rollouts
+from fastrl.types import Example, Prompts, Rewards, Rollouts, StepMetrics
 
 
 class SamplingStage:
     """Holds where the task's prompts stand, the engine, and completions that are carried over."""
 
     def __init__(
-        self, config: Config, policy: Policy, task: Task, rewards: Sequence[Reward], method: Method
+        self, config: Config, policy: Policy, task: Task, scorer: Scorer, method: Method
     ) -> None:
         self.config = config
         self.policy = policy
         self.task = task
-        self.rewards = tuple(rewards)
+        self.scorer = scorer
         self.stream = PromptStream(
             task,
             first=config.warm_start.steps * config.warm_start.batch_size,
@@ -69,6 +69,8 @@ class SamplingStage:
         """Stands in for the engine and the rewards with what another run has written down."""
         self.recorded: list[Recorded] = []
         """The rounds of the last step."""
+        self.reward_metrics: StepMetrics = {}
+        """What scoring the last step met, summed over its rounds."""
 
     @property
     def is_current(self) -> bool:
@@ -99,7 +101,7 @@ class SamplingStage:
         keeps: with dynamic sampling, (P,) bool: those of some prompts that are trained on; others
         are sampled in place of the rest. None: all are.
         """
-        self.recorded = []
+        self.recorded, self.reward_metrics = [], {}
         if self.config.rollout.max_tokens_per_step is not None:
             sampled = self._sample_partial(step, watch, self.config.rollout.max_tokens_per_step)
         else:
@@ -116,14 +118,29 @@ class SamplingStage:
     def _sample_round(self, num_prompts: int, step: int, number: int, watch: Stopwatch) -> Scored:
         """Round `number` of a step, from 0: the next prompts, G completions of each, rewards."""
         prompts, indices = self._next_prompts(num_prompts)
+        texts: dict[int, str] = {}
         if self.replay is not None:
             rollouts = self.replay.rollouts(step, number, prompts)
         else:
-            rollouts = self.engine.generate(prompts, self.sampling, self._generator(step, number))
+            rollouts = self._generate(prompts, self._generator(step, number), texts)
         watch.lap("rollout")
-        scored = self._score(rollouts, step, number, watch)
+        scored = self._score(rollouts, step, number, watch, texts)
         self.recorded.append(Recorded(rollouts, indices, scored, tuple(range(num_prompts))))
         return scored
+
+    def _generate(
+        self, prompts: Prompts, generator: torch.Generator, texts: dict[int, str]
+    ) -> Rollouts:
+        """Completions; each is scored from the moment it has ended, and its text is in `texts`."""
+        G = self.sampling.num_generations
+
+        def ended(row: int, ids: Tensor) -> None:
+            texts[row] = decode_completions([ids], self.policy.tokenizer)[0]
+            self.scorer.submit(
+                row, prompts.examples[row // G], texts[row], ids.tolist(), num_generations=G
+            )
+
+        return self.engine.generate(prompts, self.sampling, generator, ended)
 
     def _sample_partial(self, step: int, watch: Stopwatch, max_tokens: int) -> Sampled:
         """Groups that are under way and new ones, P together; those that end are trained on."""
@@ -141,7 +158,7 @@ class SamplingStage:
         trained = flight.of_prompts(chosen) if chosen else None
         scored = Scored(rollouts, [], Rewards(torch.zeros(0), {}))
         if trained is not None:
-            scored = self._score(trained.rollouts, step, 0, watch)
+            scored = self._score(trained.rollouts, step, 0, watch, {})
         self.carried = flight.of_prompts(others) if others else None
         self.recorded.append(Recorded(rollouts, flight.indices, scored, tuple(chosen)))
         metrics = staleness_metrics(trained, self.carried, self.sampling, step)
@@ -158,13 +175,20 @@ class SamplingStage:
             parts.append(begun(prompts, indices, self.sampling))
         return side_by_side(parts)
 
-    def _score(self, rollouts: Rollouts, step: int, number: int, watch: Stopwatch) -> Scored:
+    def _score(
+        self, rollouts: Rollouts, step: int, number: int, watch: Stopwatch,
+        known_texts: Mapping[int, str],
+    ) -> Scored:  # fmt: skip
         """Texts and rewards of completions that have ended; solved prompts are counted."""
-        texts = decode_completions(rollouts.completion_ids, self.policy.tokenizer)
+        texts = [text for _, text in sorted(known_texts.items())]
+        if len(texts) < len(rollouts.completion_ids):
+            texts = decode_completions(rollouts.completion_ids, self.policy.tokenizer)
         if self.replay is not None:
             rewards = self.replay.rewards(step, number, texts)
         else:
-            rewards = score_completions(rollouts, texts, self.rewards)
+            rewards = self.scorer.score(rollouts, texts)
+            for name, value in self.scorer.metrics.items():
+                self.reward_metrics[name] = self.reward_metrics.get(name, 0.0) + value
         watch.lap("score")
         passed = rewards.total >= self.config.eval.pass_threshold
         self.stream.record(rollouts.prompts.examples, passed.view(len(rollouts.prompts), -1))

@@ -46,7 +46,7 @@ from fastrl.phases import (
     with_sampler_logps,
 )
 from fastrl.policy import Policy
-from fastrl.rewards import Reward
+from fastrl.rewards import Scorer
 from fastrl.rollout_check import sampler_gap
 from fastrl.sampler import Sampled, Scored
 from fastrl.sampling_stage import SamplingStage
@@ -94,17 +94,16 @@ class Trainer:
     """Holds what lives from step to step: the policy, its optimizer and the frozen reference."""
 
     def __init__(
-        self, config: Config, policy: Policy, task: Task, rewards: Sequence[Reward],
-        method: Method, reference: Policy | None = None,
+        self, config: Config, policy: Policy, task: Task, scorer: Scorer, method: Method,
+        reference: Policy | None = None,
     ) -> None:  # fmt: skip
         self.config = config
         self.policy = policy
         self.task = task
-        self.rewards = tuple(rewards)
         self.method = method
         self.adaptation = Adaptation(method)
         self.reference = reference
-        self.sampler = SamplingStage(config, policy, task, self.rewards, method)
+        self.sampler = SamplingStage(config, policy, task, scorer, method)
         self.temperature = config.rollout.temperature
         self.head_row_cost = head_row_cost(
             policy.model.config,
@@ -261,6 +260,7 @@ class Trainer:
             **down_sampling_metrics(
                 sampled.trained.rollouts, update.passes, update.measured, row_flops=self.row_flops
             ),
+            **self.sampler.reward_metrics,
             **(update.sampler_gap or {}),
             **speed_metrics(watch, rollouts, update.passes),
             **(sampled.carried or {}),

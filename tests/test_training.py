@@ -36,6 +36,7 @@ def tiny_config(output_dir, **changes) -> Config:
         task="reasoning_gym:chain_sum",
         task_args={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
         rewards=(f"{Path(__file__).parent / 'helpers.py'}:checksum", "task"),
+        reward_workers=0,
         output_dir=str(output_dir),
         max_steps=4,
         prompts_per_step=3,
@@ -261,3 +262,53 @@ def test_every_method_trains(tmp_path, method):
     train(config)
     rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert all(row["grad_norm"] > 0 for row in rows)
+
+
+REWARDS = """
+import os, time
+
+def lengths(completions):
+    return [float(len(text) % 3) for text in completions]
+
+def dangerous(completions, answer):
+    if len(answer[0]) == 2 and len(completions) == 1:  # each alone, after all of a prompt have failed
+        time.sleep(60 if len(completions[0]) % 2 else 0)
+        os._exit(1)
+    if len(answer[0]) == 2:
+        os._exit(1)
+    return [1.0 for _ in completions]
+"""
+
+
+def test_rewards_in_processes_of_their_own_train_to_the_same_bits(tmp_path):
+    (tmp_path / "scores.py").write_text(REWARDS, encoding="utf-8")
+    spec = f"{tmp_path / 'scores.py'}:lengths"
+    for name, workers in (("here", 0), ("pool", 2)):
+        config = tiny_config(tmp_path / name, rewards=(spec, "task"), reward_workers=workers)
+        train(dataclasses.replace(config, max_steps=2))
+    ours, theirs = (
+        load_file(tmp_path / n / "final" / "model.safetensors") for n in ("here", "pool")
+    )
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for mine, other in zip(numbers(tmp_path / "here"), numbers(tmp_path / "pool"), strict=True):
+        assert mine.items() <= other.items()
+        assert not any(other.get(f"rewards/{name}") for name in ("timeouts", "crashes"))
+
+
+def test_a_reward_that_hangs_or_crashes_is_counted_and_the_run_goes_on(tmp_path):
+    (tmp_path / "scores.py").write_text(REWARDS, encoding="utf-8")
+    specs = tuple(f"{tmp_path / 'scores.py'}:{name}" for name in ("lengths", "dangerous"))
+    config = tiny_config(
+        tmp_path / "run", rewards=specs, reward_workers=2, reward_timeout=0.5,
+        rollout=RolloutConfig(num_generations=2, max_prompt_length=48, max_completion_length=5),
+    )  # fmt: skip
+    config = dataclasses.replace(config, max_steps=2)
+    first = build_trainer(dataclasses.replace(config, rewards=specs[:1]))
+    answers = [first.task.train_example(i).answer for i in range(48, 54)]
+    first.sampler.scorer.close()
+    assert 0 < sum(len(answer) == 2 for answer in answers) < 6
+    summary = train(config)
+    assert summary["steps"] == 2
+    rows = [row for row in read_metrics(tmp_path / "run") if "reward" in row]
+    total = sum(row["rewards/timeouts"] + row["rewards/crashes"] for row in rows)
+    assert total >= 2 * sum(len(answer) == 2 for answer in answers)

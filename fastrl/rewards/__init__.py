@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from fastrl.rewards.pool import RewardPool as RewardPool
     from fastrl.rewards.score import check_rewards as check_rewards
     from fastrl.rewards.score import score_completions as score_completions
+    from fastrl.rewards.scorer import LocalScorer as LocalScorer
+    from fastrl.rewards.scorer import Scorer as Scorer
 
 _HOMES = {
     "BUILT_IN": "fastrl.rewards.load",
+    "LocalScorer": "fastrl.rewards.scorer",
+    "Scorer": "fastrl.rewards.scorer",
     "Reward": "fastrl.rewards.load",
     "RewardPool": "fastrl.rewards.pool",
     "check_rewards": "fastrl.rewards.score",
@@ -29,8 +33,10 @@ _HOMES = {
 
 __all__ = [
     "BUILT_IN",
+    "LocalScorer",
     "Reward",
     "RewardPool",
+    "Scorer",
     "check_rewards",
     "exact_reward",
     "load_rewards",
