@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastrl.cli import main
-from fastrl.config import DataConfig, EvalConfig, ObjectiveConfig, RolloutConfig, SaveConfig
+from fastrl.config import (
+    DataConfig,
+    EvalConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+    SaveConfig,
+    WarmStartConfig,
+)
 from fastrl.config_io import save_config
 from fastrl.errors import InputError
 from fastrl.replay import Replay
@@ -21,7 +28,7 @@ from fastrl.rescore import rescore
 from fastrl.rollout.native import NativeEngine
 from fastrl.run import train
 from tests.test_dynamic_sampling import config_of as dynamic_config
-from tests.test_dynamic_sampling import seldom  # noqa: F401  named in a config
+from tests.test_dynamic_sampling import numbered_prompts
 from tests.test_partial_rollouts import config_of as partial_config
 from tests.test_training import TIMES, assert_same_run, tiny_config
 
@@ -29,6 +36,7 @@ from tests.test_training import TIMES, assert_same_run, tiny_config
 def small(directory: Path, **changes):
     config = tiny_config(directory, max_steps=3)
     given = {
+        "rewards": config.rewards[::-1],  # "task" first: the order is not that of the alphabet
         "data": DataConfig(eval_size=2), "eval": EvalConfig(num_samples=1),
         "warm_start": dataclasses.replace(config.warm_start, steps=2),
     }  # fmt: skip
@@ -103,6 +111,28 @@ def test_a_step_on_disk_holds_all_that_was_sampled(tmp_path):
         assert tensors["0.indices"].tolist() == [16 + 3 * (step - 1) + p for p in range(3)]
 
 
+def test_rewards_come_back_in_the_order_of_the_run(recording):
+    assert list(Replay(recording).rounds(0)[0].rewards.parts) == ["task", "checksum"]
+
+
+def test_prompts_that_were_passed_over_do_not_shift_those_that_were_asked(tmp_path):
+    task = numbered_prompts(tmp_path / "data.jsonl", 10)
+    config = small(
+        tmp_path / "run", max_steps=8, task=task, task_args={},
+        rewards=(f"{Path(__file__).parent / 'test_dynamic_sampling.py'}:easy_ones",),
+        objective=ObjectiveConfig(max_pass_rate=0.9), warm_start=WarmStartConfig(),
+    )  # fmt: skip
+    train(config, save_rollouts=tmp_path / "saved")
+    asked = [index for step in range(8) for index in indices_of(tmp_path / "saved", step)]
+    assert asked != list(range(8 * 3))
+    found = rescore(config, tmp_path / "saved")  # which compares the prompts
+    assert found.now == found.recorded
+
+
+def indices_of(saved: Path, step: int) -> list[int]:
+    return Replay(saved).rounds(step)[0].tensors["indices"].tolist()
+
+
 def test_a_killed_run_saves_the_rest_and_a_killed_replay_goes_on(tmp_path):
     config = small(tmp_path / "whole", save=SaveConfig(save_steps=1, save_total_limit=9))
     train(config, save_rollouts=tmp_path / "saved")
@@ -157,7 +187,7 @@ def recording(tmp_path_factory):
             {"task_args": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}},
             "with another tokenizer|recorded with other prompts than",
         ),
-        ({"warm_start": small("").warm_start.__class__(steps=0)}, "recorded with other prompts"),
+        ({"warm_start": WarmStartConfig()}, "recorded with other prompts"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(tmp_path, recording, changes, message):
