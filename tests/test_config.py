@@ -42,6 +42,17 @@ def test_toml_and_flags(tmp_path):
     assert config.rollout.num_generations == 4
 
 
+def test_a_budget_of_tokens_is_a_number_or_left_out(tmp_path):
+    config = load_config(write(tmp_path, GOOD))
+    assert config.rollout.max_tokens_per_step is None
+    flags = ["--rollout.max-tokens-per-step", "4096", "--rollout.check-steps", "50"]
+    changed = override_config(config, flags, "fastrl train")
+    assert (changed.rollout.max_tokens_per_step, changed.rollout.check_steps) == (4096, 50)
+    for one in (config, changed):
+        save_config(one, tmp_path / "saved.toml")
+        assert load_config(tmp_path / "saved.toml") == one
+
+
 def test_saved_config_reads_back_the_same(tmp_path):
     config = load_config(write(tmp_path, GOOD))
     config = dataclasses.replace(config, reward_weights=(0.5,), output_dir='a "quoted" path')
@@ -72,6 +83,9 @@ def test_every_field_has_a_docstring():
         ("[rollout]\nnum_generations = 4.5", "rollout.num_generations must be a whole number"),
         ("[rollout]\nnum_generations = true", "rollout.num_generations must be a whole number"),
         ("[rollout]\nnum_generations = 0", "rollout.num_generations must be at least 1, got 0"),
+        ("[rollout]\nmax_tokens_per_step = 0", "max_tokens_per_step must be at least 1, got 0"),
+        ("[rollout]\nmax_tokens_per_step = 9.5", "max_tokens_per_step must be a whole number"),
+        ("[rollout]\ncheck_steps = -1", "rollout.check_steps must be at least 0, got -1"),
         ("[rollout]\ntop_p = 1.5", "rollout.top_p must be above 0 and at most 1, got 1.5"),
         ("[rollout]\ntemperature = nan", "rollout.temperature must be a finite number, got nan"),
         ("rollout = 3", "rollout must be a table, got 3"),

@@ -227,6 +227,20 @@ def test_dppo_takes_its_ratios_to_the_policies_that_drew(tmp_path):
     assert max(row["ratio/max"] for row in trained) > 1.001
 
 
+def test_entropies_of_older_policies_pick_no_tokens(tmp_path):
+    """Unless they are asked to: by default those of the policy do, at the cost of a forward."""
+    rows = {}
+    for scores_from in ("auto", "policy", "sampler"):
+        objective = ObjectiveConfig(token_weights="high_entropy", scores_from=scores_from)
+        config = config_of(tmp_path / "run", method="dppo_tv", objective=objective)
+        optim = dataclasses.replace(config.optim, learning_rate=1e-2)
+        trainer = build_trainer(dataclasses.replace(config, optim=optim))
+        metrics = [trainer.train_step(step).metrics for step in range(8)]
+        rows[scores_from] = [(row["loss"], row["grad_norm"]) for row in metrics]
+    assert rows["auto"] == rows["policy"]
+    assert rows["auto"] != rows["sampler"]
+
+
 def test_what_is_in_flight_goes_through_a_checkpoint_bit_by_bit(tmp_path):
     config = config_of(tmp_path / "run")
     rollout = dataclasses.replace(config.rollout, top_p=0.9)
