@@ -19,6 +19,7 @@ ARCHITECTURE = "\n".join(f"{key} = {value}" for key, value in TINY.items())
 CONFIG = f"""
 task = "reasoning_gym:chain_sum"
 rewards = ["{Path(__file__).parent / "helpers.py"}:checksum"]
+reward_workers = 0
 max_steps = 2
 prompts_per_step = 2
 max_tokens_per_pass = 128
