@@ -271,7 +271,7 @@ def lengths(completions):
     return [float(len(text) % 3) for text in completions]
 
 def dangerous(completions, answer):
-    if len(answer[0]) == 2 and len(completions) == 1:  # each alone, after all of a prompt have failed
+    if len(answer[0]) == 2 and len(completions) == 1:  # alone, after a prompt failed
         time.sleep(60 if len(completions[0]) % 2 else 0)
         os._exit(1)
     if len(answer[0]) == 2:
@@ -312,3 +312,34 @@ def test_a_reward_that_hangs_or_crashes_is_counted_and_the_run_goes_on(tmp_path)
     rows = [row for row in read_metrics(tmp_path / "run") if "reward" in row]
     total = sum(row["rewards/timeouts"] + row["rewards/crashes"] for row in rows)
     assert total >= 2 * sum(len(answer) == 2 for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("method", "num_iterations", "several", "runs"),
+    [
+        ("grpo", 1, True, 1),  # the policy is its own old policy
+        ("grpo", 3, True, 3),  # the first iteration's log-probabilities are the old ones
+        ("dppo_tv", 1, True, 1),  # the sampler's are
+        ("dppo_tv", 3, True, 3),
+        ("tis", 1, False, 1),  # one pass: its layers serve the correction and the loss
+        ("tis", 1, True, 2),
+    ],
+)
+def test_no_forward_pass_is_spent_on_old_logps(tmp_path, method, num_iterations, several, runs):
+    """How often the layers see a pass: once an iteration, and once more only for a correction."""
+    config = tiny_config(
+        tmp_path / "run", method=method, max_tokens_per_pass=60 if several else 4096,
+        objective=ObjectiveConfig(num_iterations=num_iterations),
+    )  # fmt: skip
+    trainer = build_trainer(config)
+    seen = []
+    hidden_states = trainer.policy.hidden_states
+
+    def counted(plan):
+        seen.append(plan)
+        return hidden_states(plan)
+
+    trainer.policy.hidden_states = counted
+    num_passes = trainer.train_step(0).metrics["packing/passes"]
+    assert (num_passes > 1) == several
+    assert len(seen) == runs * num_passes
