@@ -53,44 +53,57 @@ def cause_of(
     engine: Engine, policy: Policy, rollouts: Rollouts, sampling: Sampling, recorded: Tensor,
     forward: Forward, tolerance: float,
 ) -> Cause:  # fmt: skip
-    """The hypothesis that brings the gap below the tolerance, or the only one that is left."""
+    """The hypothesis that explains the gap, or the only one that is left.
+
+    To explain it is to leave less than half, and of temperature and truncation no more than the
+    tolerance; a fit to noise leaves nearly all.
+    """
+    enough = mean_gap(recorded, forward.logps) / 2
     tested = [
         *_temperatures(recorded, forward, sampling),
-        *_truncations(policy, rollouts, recorded, forward, sampling),
+        *_truncations(rollouts, recorded, forward, sampling),
     ]
     gap, cause = min(tested, key=lambda item: item[0])
-    if gap <= tolerance:
+    if gap <= min(tolerance, enough):
         return cause
-    if not is_half(policy):
-        # Rounding falls alike where the same dtype runs, so its own pass is far closer than ours.
-        enough = mean_gap(recorded, forward.logps) / 2
-        for rounded, dtype in _in_bfloat16(policy):
-            logps = trainer_forward(rounded, rollouts, sampling.temperature).logps
-            if mean_gap(recorded, logps.to(recorded)) <= enough:
-                return Cause(
-                    "dtype",
-                    f"the engine's are those of a forward pass with {dtype}, but the trainer runs "
-                    "in float32; set model.bf16 = true or let the engine run in float32",
-                )
+    rounding = ""
+    for rounded, dtype in _in_bfloat16(policy):
+        logps = trainer_forward(rounded, rollouts, sampling.temperature).logps.to(recorded)
+        # Rounding falls alike where the same dtype runs.
+        if mean_gap(recorded, logps) <= enough:
+            return Cause(
+                "dtype",
+                f"the engine's are those of a forward pass with {dtype}, but the trainer runs in "
+                "float32; set model.bf16 = true, let the engine run in float32, or set "
+                "objective.rollout_correction",
+            )
+        rounding = f" ({dtype} would make {mean_gap(forward.logps, logps):.2g} nats)"
     if not shares_weights(engine):
         return Cause(
             "weights",
-            "the engine has weights of its own, which are not those being trained; load them into "
-            "it, or set objective.rollout_correction",
+            "the engine has weights of its own, and no temperature, truncation or dtype makes them "
+            f"those being trained{rounding}; load these into it, or set "
+            "objective.rollout_correction",
         )
     return Cause(
         "weights",
-        "no temperature, truncation or dtype explains it, so the engine reads other weights than "
-        "those being trained, such as a stale copy",
+        f"no temperature, truncation or dtype explains it{rounding}, so the engine reads other "
+        "weights than those being trained, such as a stale copy",
     )
 
 
 def _in_bfloat16(policy: Policy) -> Iterator[tuple[Policy, str]]:
-    """The policy as it would be in bfloat16: its layers only, then a copy with rounded weights."""
+    """The policy as it would be in bfloat16: its layers only, then a copy with rounded weights.
+
+    None where the trainer rounds itself.
+    """
+    if is_half(policy):
+        return
     yield Policy(policy.model, policy.tokenizer, bf16=True), "layers in bfloat16"
     rounded = {
         id(tensor): torch.nn.Parameter(tensor.detach().bfloat16(), requires_grad=False)
         for tensor in policy.model.parameters()
+        if tensor.is_floating_point()
     }
     # Parameters are taken from there: no second copy in float32 on the way.
     model = copy.deepcopy(policy.model, rounded)
@@ -124,7 +137,7 @@ def _at_temperature(temperature: str, sampling: Sampling) -> Cause:
 
 
 def _truncations(
-    policy: Policy, rollouts: Rollouts, recorded: Tensor, forward: Forward, sampling: Sampling
+    rollouts: Rollouts, recorded: Tensor, forward: Forward, sampling: Sampling
 ) -> Iterator[tuple[float, Cause]]:
     """The run's own truncation and penalty, and any one top-k or top-p."""
     logps = forward.at(sampling.temperature)

@@ -72,9 +72,7 @@ def check_engine(
             f"rollout.engine {name!r} records no log-probabilities: nothing can tell whether it "
             "samples from the policy"
         ]
-    is_weights = found.cause is not None and found.cause.name == "weights"
-    is_known = is_weights and not shares_weights(engine) and corrects_sampler(method)
-    if found.cause is not None and not is_known:
+    if found.cause is not None and not _is_corrected(engine, method, found):
         raise InputError(
             f"rollout.engine {name!r} does not sample from the policy: log-probabilities of the "
             f"same {found.num_tokens} tokens differ by {found.gap:.3g} nats on average, where "
@@ -124,6 +122,14 @@ def sampler_gap(passes: Sequence[PackedPass], losses: Sequence[PolicyLoss]) -> S
     }
 
 
+def _is_corrected(engine: Engine, method: Method, found: Comparison) -> bool:
+    """Whether the gap is what corrections are for: a copy of the weights, or its rounding."""
+    assert found.cause is not None
+    is_copy = found.cause.name == "weights" and not shares_weights(engine)
+    is_rounding = found.cause.name == "dtype" and found.gap <= TOLERANCE_BF16
+    return corrects_sampler(method) and (is_copy or is_rounding)
+
+
 def _notes(
     engine: Engine, sampling: Sampling, method: Method, found: Comparison, name: str
 ) -> Iterator[str]:
@@ -133,14 +139,14 @@ def _notes(
     )
     if found.cause is not None:
         yield (
-            f"rollout.engine {name!r} has other weights than those being trained: "
-            f"log-probabilities differ by {found.gap:.3g} nats on average, which the method "
-            "corrects for"
+            f"log-probabilities of rollout.engine {name!r} and the trainer differ by "
+            f"{found.gap:.3g} nats on average ({found.cause.name}), which the method corrects for"
         )
     elif not corrects_sampler(method) and not shares_weights(engine):
         yield (
-            f"rollout.engine {name!r} has weights of its own, which training does not change, and "
-            f"method {method.name!r} does not correct for that; {advice}"
+            f"rollout.engine {name!r} samples from a copy of the weights, and method "
+            f"{method.name!r} does not correct for one that stays behind; {advice}, or let "
+            "rollout.check_steps look for it"
         )
     elif not corrects_sampler(method) and found.gap > TOLERANCE:
         yield (

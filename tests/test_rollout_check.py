@@ -205,15 +205,23 @@ def test_weights_of_its_own_are_known_to_a_method_that_corrects_for_them():
     policy = tiny_policy()
     foreign = ForeignEngine(policy)
     (note,) = check(foreign, policy)  # still the same weights
-    assert "does not correct for that; set objective.rollout_correction" in note
+    assert "does not correct for one that stays behind; set objective.rollout_correction" in note
     assert check(foreign, policy, method=CORRECTED) == []
     changed(policy, by=0.05)
     (note,) = check(foreign, policy, method=CORRECTED)
-    assert "has other weights than those being trained" in note
+    assert "(weights), which the method corrects for" in note
     stale = StaleEngine(policy)
     changed(policy, by=0.05)
     with pytest.raises(InputError, match="such as a stale copy"):  # it claims to have none
         check(stale, policy, method=CORRECTED)
+
+
+@pytest.mark.parametrize("engine", [HalfEngine, HalfWeightsEngine])
+def test_rounding_of_the_engine_is_known_to_a_method_that_corrects_for_it(engine):
+    policy = tiny_policy()
+    (note, *others) = check(engine(policy), policy, method=CORRECTED)
+    assert "(dtype), which the method corrects for" in note
+    assert not others
 
 
 def test_bfloat16_in_both_is_rounding_and_a_wrong_temperature_is_not():
@@ -302,3 +310,18 @@ def test_the_gap_is_a_metric_of_every_step(tmp_path, method, num_iterations):
     name = "sampling/sampling_logp_difference"
     assert metrics[f"{name}/max"] == pytest.approx(0.375, abs=1e-4)
     assert 0.25 - 1e-4 <= metrics[f"{name}/mean"] < 0.3
+
+
+@pytest.mark.parametrize("by", [3e-4, 1e-3, 3e-3, 1e-2])
+@pytest.mark.parametrize("seed", range(3))
+def test_small_changes_of_weights_are_taken_for_nothing_else(by, seed):
+    """Whatever the size of the gap, no fitted temperature or truncation explains it away."""
+    policy = tiny_policy(seed=seed)
+    stale = StaleEngine(policy)
+    changed(policy, by=by)
+    generator = torch.Generator().manual_seed(seed)
+    rollouts = stale.generate(prompts_of(policy), SAMPLING, generator)
+    found = compare(stale, policy, rollouts, SAMPLING)
+    assert found is not None
+    assert (found.cause is None) == (found.gap <= TOLERANCE)
+    assert found.cause is None or found.cause.name == "weights"
