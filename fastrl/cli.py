@@ -68,8 +68,6 @@ def _train(words: list[str]) -> int:
     resume = _take_value(words, "--resume")
     save = _take_path(words, "--save-rollouts")
     replay = _take_path(words, "--replay-rollouts")
-    if save is not None and replay is not None:
-        raise InputError("--save-rollouts and --replay-rollouts exclude each other; give one")
     if resume is not None:
         if overwrite or any(word.startswith("--output-dir") for word in words):
             raise InputError(

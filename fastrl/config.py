@@ -93,7 +93,7 @@ class RolloutConfig:
     stop_strings: tuple[str, ...] = ()
     """Texts that end a completion, with the token that completes them."""
     engine: str = "native"
-    """What samples: native (on the training weights) or generate (transformers, one batch)."""
+    """What samples: native, generate or hf_cb, on the training weights; vllm or http, on others."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Options of the engine; kv_cache_gib of native is the most memory for keys and values."""
     check_steps: CountOrZero = 0

@@ -60,6 +60,8 @@ def train(
     one instead of sampling. Raises InputError for what the user can mend and Interrupted after a
     clean stop on Ctrl-C.
     """
+    if save_rollouts is not None and replay_rollouts is not None:
+        raise InputError("--save-rollouts and --replay-rollouts exclude each other; give one")
     run_directory = Path(config.output_dir)
     checkpoint = starting_point(run_directory, overwrite=overwrite, resume=resume)
     if resume:
@@ -75,11 +77,11 @@ def train(
             replay = Replay(replay_rollouts)
             replay.check(config, tokenizer, first_step=run.state.step)
             trainer.sampler.replay = replay
+        run.check_engine(run.state.step)
         if save_rollouts is not None:
             trainer.sampler.recorder = Recorder(
                 save_rollouts, config, tokenizer, overwrite=overwrite, resume=resume
             )
-        run.check_engine(run.state.step)
         if overwrite:
             clear(run_directory)
         run_directory.mkdir(parents=True, exist_ok=True)
