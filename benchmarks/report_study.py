@@ -112,7 +112,8 @@ def render(results: dict[str, Any]) -> str:
 ![reward over trained tokens, five seeds of each method](d3s_study.png)
 
 Means over five seeds, with the lowest and the highest; a reward is the mean of {WINDOW} steps.
-{results["cpu"]}, {results["num_threads"]} thread, float32, {versions}. Command, at commit {results["commit"]}:
+{results["cpu"]}, {results["num_threads"]} thread, float32, {versions}.
+Command, at commit {results["commit"]}:
 `{results["command"]}`,
 then `python benchmarks/report_study.py runs`."""
 

@@ -206,3 +206,8 @@ def is_half(policy: Policy) -> bool:
 def shares_weights(engine: Engine) -> bool:
     """Whether the engine reads the weights that are trained."""
     return bool(getattr(engine, "shares_weights", False))
+
+
+def follows_training(engine: Engine) -> bool:
+    """Whether the engine samples from the weights as they are after every update, or says so."""
+    return shares_weights(engine) or bool(getattr(engine, "follows_training", False))

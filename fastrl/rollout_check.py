@@ -18,9 +18,9 @@ from fastrl.rollout import Engine, Sampling
 from fastrl.rollout_causes import (
     Cause,
     cause_of,
+    follows_training,
     is_half,
     mean_gap,
-    shares_weights,
     trainer_forward,
 )
 from fastrl.types import Prompts, Rollouts, StepMetrics
@@ -125,7 +125,7 @@ def sampler_gap(passes: Sequence[PackedPass], losses: Sequence[PolicyLoss]) -> S
 def _is_corrected(engine: Engine, method: Method, found: Comparison) -> bool:
     """Whether the gap is what corrections are for: a copy of the weights, or its rounding."""
     assert found.cause is not None
-    is_copy = found.cause.name == "weights" and not shares_weights(engine)
+    is_copy = found.cause.name == "weights" and not follows_training(engine)
     is_rounding = found.cause.name == "dtype" and found.gap <= TOLERANCE_BF16
     return corrects_sampler(method) and (is_copy or is_rounding)
 
@@ -142,7 +142,7 @@ def _notes(
             f"log-probabilities of rollout.engine {name!r} and the trainer differ by "
             f"{found.gap:.3g} nats on average ({found.cause.name}), which the method corrects for"
         )
-    elif not corrects_sampler(method) and not shares_weights(engine):
+    elif not corrects_sampler(method) and not follows_training(engine):
         yield (
             f"rollout.engine {name!r} samples from a copy of the weights, and method "
             f"{method.name!r} does not correct for one that stays behind; {advice}, or let "

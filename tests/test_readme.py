@@ -1,5 +1,6 @@
 """What the README shows is what was measured, and what it says can be run."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -91,3 +92,13 @@ def test_python_examples_run_as_written(page):
         assert isinstance(out, LinearLogps | PolicyLoss | Plan)
         if "plan" in names:
             assert [len(logps) for logps in names["logps"]] == [4, 2, 6, 1]
+
+
+def test_study_section_is_generated_from_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report_study = importlib.import_module("report_study")
+    results = json.loads(report_study.RESULTS.read_text(encoding="utf-8"))
+    text = report_study.DOCUMENT.read_text(encoding="utf-8")
+    assert text == report_study.replace_section(text, report_study.render(results))
+    assert report_study.FIGURE.is_file()
+    assert len(results["runs"]) == 10

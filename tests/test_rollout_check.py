@@ -58,6 +58,12 @@ class ForeignEngine(StaleEngine):
     shares_weights = False
 
 
+class LateEngine(ForeignEngine):
+    """Says that it takes over the weights, and does not."""
+
+    follows_training = True
+
+
 class OtherTemperatureEngine(NativeEngine):
     """Draws at a temperature of its own."""
 
@@ -214,6 +220,11 @@ def test_weights_of_its_own_are_known_to_a_method_that_corrects_for_them():
     changed(policy, by=0.05)
     with pytest.raises(InputError, match="such as a stale copy"):  # it claims to have none
         check(stale, policy, method=CORRECTED)
+    late = LateEngine(policy)
+    assert check(late, policy) == []
+    changed(policy, by=0.05)
+    with pytest.raises(InputError, match="Cause: weights"):  # it claims to follow
+        check(late, policy, method=CORRECTED)
 
 
 @pytest.mark.parametrize("engine", [HalfEngine, HalfWeightsEngine])

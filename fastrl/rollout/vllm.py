@@ -46,6 +46,7 @@ class VLLMEngine:
     """
 
     shares_weights = False
+    follows_training = True
 
     def __init__(
         self, policy: Policy, *, model: str | None = None, dtype: str = "bfloat16",
