@@ -17,11 +17,11 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from bench_shared_prefix import build_model
+from bench_shared_prefix import Case, build_model
 from compare import exit_status
 from measure import Timing, in_fresh_process, peak_on_cpu, time_interleaved
 from rows import OURS, Row, environment, print_table, write_json
@@ -46,31 +46,14 @@ END = 1
 MIB = 2**20
 
 
-class Case(NamedTuple):
-    """P prompt tokens, R completion tokens at most, G completions of each of `num_prompts`."""
-
-    num_prompts: int
-    prompt_length: int
-    completion_length: int
-    num_generations: int
-    is_ragged: bool = False
-
-    def __str__(self) -> str:
-        lengths = "log-normal up to " if self.is_ragged else ""
-        return (
-            f"prompts={self.num_prompts} P={self.prompt_length} "
-            f"R={lengths}{self.completion_length} G={self.num_generations} float32"
-        )
-
-    @property
-    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Of every completion."""
-        num = self.num_prompts * self.num_generations
-        if not self.is_ragged:
-            return np.full(num, self.completion_length)
-        noise = torch.randn(num, generator=torch.Generator().manual_seed(2))
-        drawn = self.completion_length / 4 * noise.mul(0.8).exp()
-        return drawn.clamp(2, self.completion_length).long().numpy()
+def lengths_of(case: Case) -> Any:
+    """Of every completion, on the CPU in numpy."""
+    num = case.num_prompts * case.num_generations
+    if not case.is_ragged:
+        return np.full(num, case.completion_length)
+    noise = torch.randn(num, generator=torch.Generator().manual_seed(2))
+    drawn = case.completion_length / 4 * noise.mul(0.8).exp()
+    return drawn.clamp(2, case.completion_length).long().numpy()
 
 
 class LimitedTable(Table):
@@ -115,7 +98,7 @@ class Work:
     """One case, ready to be sampled in every way."""
 
     def __init__(self, case: Case, quick: bool) -> None:
-        self.case = case
+        self.case, self.lengths = case, lengths_of(case)
         model = build_model(quick, torch.float32)
         tokenizer = train_tokenizer([""], vocab_size=258)
         self.policy = Policy(model, tokenizer)
@@ -126,7 +109,7 @@ class Work:
         self.ids = torch.randint(2, model.config.vocab_size, shape, generator=generator)
         self.prompts = Prompts(tuple(self.ids), tuple(Example("") for _ in self.ids))
         self.engine = LimitedEngine(self.policy)
-        self.engine.limits = case.lengths
+        self.engine.limits = self.lengths
         self.kept: dict[str, int] = {}  # most memory of keys and values
 
     def native(self, temperature: float = 1.0) -> Any:
@@ -147,7 +130,7 @@ class Work:
             pad_token_id=0, top_k=0, return_dict_in_generate=True,
         )  # fmt: skip
         input_ids = self.ids.repeat_interleave(case.num_generations, 0)
-        ends = ForcedEnds(torch.from_numpy(case.lengths), case.prompt_length)
+        ends = ForcedEnds(torch.from_numpy(self.lengths), case.prompt_length)
         out = self.model.generate(
             input_ids=input_ids, attention_mask=torch.ones_like(input_ids),
             generation_config=settings, logits_processor=LogitsProcessorList([ends]),
@@ -176,16 +159,16 @@ class Work:
         manager = self.model.init_continuous_batching(settings, config)
         for p, ids in enumerate(self.ids.tolist()):
             for g in range(case.num_generations if case.is_ragged else 1):
-                limit = int(case.lengths[p * case.num_generations + g])
+                limit = int(self.lengths[p * case.num_generations + g])
                 manager.add_request(ids, request_id=f"{p}-{g}", max_new_tokens=limit)
         manager.start()
         outputs = []
-        while len(outputs) < len(case.lengths):
+        while len(outputs) < len(self.lengths):
             output = manager.get_result(timeout=60)
             assert output is not None, "continuous batching has stopped"
             outputs.append(output)
         manager.stop(block=True)
-        assert sum(len(x.generated_tokens) for x in outputs) == case.lengths.sum()
+        assert sum(len(x.generated_tokens) for x in outputs) == self.lengths.sum()
         return outputs
 
     def ways(self) -> dict[str, Callable[[], Any]]:
@@ -201,13 +184,11 @@ class Work:
         ours = self.native(temperature=0.0)
         theirs = self.generate(temperature=0.0).sequences[:, self.case.prompt_length :]
         num = 0
-        for row, (ids, limit) in enumerate(
-            zip(ours.completion_ids, self.case.lengths, strict=True)
-        ):
+        for row, (ids, limit) in enumerate(zip(ours.completion_ids, self.lengths, strict=True)):
             # Its last token is the end that was forced upon it.
             same = (ids[: limit - 1] == theirs[row, : limit - 1]).int().cumprod(0)
             first = int(same.sum())
-            num += first < limit - 1 and not self._is_tie(row, ids[:first])
+            num += int(first < limit - 1 and not self._is_tie(row, ids[:first]))
         return num
 
     @torch.no_grad()
@@ -247,16 +228,16 @@ def measure(case: Case, quick: bool, seconds: float) -> list[Row]:
     rows = [
         Row(
             case=str(case), implementation=name, environment=where,
-            correct=not name.startswith(OURS) or (error <= MAX_LOGP_ERROR and num_parted == 0),
+            correct=not name.startswith(OURS) or (error <= MAX_LOGP_ERROR and not num_parted),
             p20_ms=timing.p20, p50_ms=timing.p50, p80_ms=timing.p80,
             peak_bytes=in_fresh_process(peak, case, quick, name) if case.num_prompts < 16 else None,
             logp_error=error if name.startswith(OURS) else None,
-            note=_note(name, timing, case, work.kept),
+            note=_note(name, timing, int(work.lengths.sum()), work.kept),
         )
         for name, timing in timings.items()
     ]  # fmt: skip
     print_table(rows)
-    print(f"greedy completions that differ from generate's: {num_parted} of {len(case.lengths)}")
+    print(f"greedy completions that differ from generate's: {num_parted} of {len(work.lengths)}")
     ours = timings[f"{OURS} native"].p50
     for row in rows:
         ratio = "" if row.implementation.startswith(OURS) else (
@@ -266,8 +247,8 @@ def measure(case: Case, quick: bool, seconds: float) -> list[Row]:
     return rows
 
 
-def _note(name: str, timing: Timing, case: Case, kept: dict[str, int]) -> str:
-    speed = f"{1000 * case.lengths.sum() / timing.p50:.0f} tokens/s"
+def _note(name: str, timing: Timing, num_tokens: int, kept: dict[str, int]) -> str:
+    speed = f"{1000 * num_tokens / timing.p50:.0f} tokens/s"
     return speed + (f", keys and values {kept[name] / MIB:.1f} MiB" if name in kept else "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from fastrl.methods.resolve import resolve_method
 from fastrl.packing import pack
 from fastrl.policy import Policy, load_policy, new_policy
 from fastrl.rewards import LocalScorer, RewardPool, Scorer, load_rewards
+from fastrl.rollout.native import NativeEngine
+from fastrl.rollout.stopping import stop_strings_of
 from fastrl.tasks import Task, load_task
 from fastrl.trainer import Trainer
 
@@ -135,6 +138,18 @@ def _check_lengths(config: Config, trainer: Trainer) -> None:
             f"max_prompt_length + max_completion_length is {needed} tokens but the model has "
             f"{positions} positions; lower them"
         )
+    _check_sampling(config, trainer)
     if config.warm_start.steps:
         for example in (*first, *trainer.task.known_examples()):
             trainer.encode_solution(example)
+
+
+def _check_sampling(config: Config, trainer: Trainer) -> None:
+    """What ends completions can occur, and the largest group finds room."""
+    sampler = trainer.sampler
+    if config.rollout.stop_strings:
+        stop_strings_of(trainer.policy.tokenizer, config.rollout.stop_strings)
+    if isinstance(sampler.engine, NativeEngine):
+        most = max(config.rollout.num_generations, config.eval.num_samples)
+        largest = dataclasses.replace(sampler.sampling, num_generations=most)
+        sampler.engine.check(config.rollout.max_prompt_length, largest)

@@ -220,6 +220,17 @@ def test_prompts_wait_for_room_and_get_the_same_completions(policy):
         )
 
 
+def test_equal_prompts_that_find_no_room_together_wait_for_each_other(policy):
+    ids = random_ids([6], vocab_size=250)[0]
+    prompts = Prompts((ids, ids, ids), tuple(Example(prompt="x") for _ in range(3)))
+    expected = make_engine("native", policy).generate(prompts, Sampling(2, 20), generator())
+    budget = (6 + 3 * 20) * 2 * 2 * 2 * 8 * 4 / GIB  # three completions of six
+    engine = make_engine("native", policy, {"kv_cache_gib": budget})
+    assert_same(engine.generate(prompts, Sampling(2, 20), generator()), expected)
+    assert engine.peak_kv_bytes <= budget * GIB
+    engine.advance(prompts, Sampling(2, 20), generator(), started=expected)  # nothing to do
+
+
 def test_keys_and_values_take_less_than_half_of_what_generate_keeps(policy):
     """512 tokens of prompt, 128 of completion, 8 completions: 0.3x."""
     policy = tiny_policy(max_position_embeddings=1024)
@@ -273,6 +284,8 @@ def test_what_cannot_be_done_is_refused(policy):
         make_engine("native", policy, {"kv_cache_gib": 0})
     with pytest.raises(InputError, match=r"engine_args do not fit engine 'native'.*cache"):
         make_engine("native", policy, {"cache": 1})
+    with pytest.raises(InputError, match=r"120 tokens and .* are 150 tokens, .* 128 positions"):
+        make_engine("native", policy).generate(prompts_of([3, 120]), Sampling(1, 30), generator())
     with pytest.raises(InputError, match=r"cuda_graphs needs .* on a GPU, got .* on cpu"):
         make_engine("native", policy, {"cuda_graphs": True})
     hybrid = tiny_policy(model_type="lfm2", **HYBRIDS["lfm2"])

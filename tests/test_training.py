@@ -343,3 +343,20 @@ def test_no_forward_pass_is_spent_on_old_logps(tmp_path, method, num_iterations,
     num_passes = trainer.train_step(0).metrics["packing/passes"]
     assert (num_passes > 1) == several
     assert len(seen) == runs * num_passes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine_args": {"kv_cache_gib": 1e-5}}, "kv_cache_gib must hold one prompt"),
+        ({"engine_args": {"kv_cache_gb": 1.0}}, "engine_args do not fit engine 'native'"),
+        ({"engine": "naive"}, "unknown rollout.engine 'naive'; .* native"),
+        ({"stop_strings": ("",)}, "stop_strings has an empty string"),
+    ],
+)
+def test_sampling_that_cannot_work_is_refused_before_a_run(tmp_path, settings, message):
+    config = tiny_config(tmp_path / "run")
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, **settings))
+    with pytest.raises(InputError, match=message):
+        train(config)
+    assert not (tmp_path / "run").exists()

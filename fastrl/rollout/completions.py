@@ -14,7 +14,7 @@ from torch import Tensor
 from fastrl.errors import InputError, NotFiniteError
 from fastrl.policy import Policy
 from fastrl.rollout import Sampling
-from fastrl.rollout.stopping import StopStrings
+from fastrl.rollout.stopping import stop_strings_of
 from fastrl.types import Prompts, Rollouts
 
 
@@ -32,7 +32,9 @@ class Ends:
     def __init__(self, policy: Policy, sampling: Sampling) -> None:
         self._tokens = torch.tensor(policy.eos_token_ids)
         self._stops = (
-            StopStrings(policy.tokenizer, sampling.stop_strings) if sampling.stop_strings else None
+            stop_strings_of(policy.tokenizer, sampling.stop_strings)
+            if sampling.stop_strings
+            else None
         )
 
     def cut(self, ids: Tensor, logps: Tensor | None) -> Completion:

@@ -12,7 +12,7 @@ from fastrl.policy import Policy
 from fastrl.rollout import Sampling
 from fastrl.rollout.drawing import Drawn, draw
 from fastrl.rollout.randomness import Keys, uniforms
-from fastrl.rollout.stopping import StopStrings
+from fastrl.rollout.stopping import stop_strings_of
 from fastrl.rollout.table import Rows, Table
 from fastrl.types import Prompts
 from fastrl_kernels.head_logits import head_logits
@@ -34,7 +34,9 @@ class Drawing:
         self.head = policy.lm_head
         self.ends = torch.tensor(policy.eos_token_ids, device=policy.device)
         self.stop_strings = (
-            StopStrings(policy.tokenizer, sampling.stop_strings) if sampling.stop_strings else None
+            stop_strings_of(policy.tokenizer, sampling.stop_strings)
+            if sampling.stop_strings
+            else None
         )
         self.seen: Tensor | None = None  # (B, V) bool
         if sampling.repetition_penalty != 1.0:

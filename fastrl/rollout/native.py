@@ -93,13 +93,15 @@ class NativeEngine:
         table = self.new_table(len(prompts) * G, C)
         if started is not None:
             table.start(started)
-        requests = _requests(prompts, table, G)
+        self._check_positions(prompts, C)
+        room = self._room(C)
+        requests = room.fitted(_requests(prompts, table, G), G)
         keys = completion_keys(prompts, G, generator)
         model = self.policy.model
         folded = folded_adapters(model) if self.fold_adapters else nullcontext()
         with evaluating(model), folded, self.policy.autocast():
             drawing = Drawing(self.policy, sampling, keys, table, prompts)
-            loop = _Loop(drawing, self._room(requests, C), max_tokens, on_completion)
+            loop = _Loop(drawing, room, max_tokens, on_completion)
             if self.has_state:
                 loop.complete(CachedDecoder(self.policy), requests)
             else:
@@ -118,21 +120,29 @@ class NativeEngine:
             return GraphedDecoder(self.policy, max_new_tokens, capture=True)
         return PackedDecoder(self.policy, max_new_tokens)
 
-    def _room(self, requests: Sequence[Request], max_new_tokens: int) -> Room:
-        """The budget in tokens; every request fits in it alone."""
+    def check(self, max_prompt_length: int, sampling: Sampling) -> None:
+        """Raise InputError where a prompt of that length with its completions finds no room."""
+        ids = torch.zeros(max_prompt_length, dtype=torch.int64)
+        rows = tuple(range(sampling.num_generations))
+        room = self._room(sampling.max_completion_length)
+        room.fitted([Request(ids, rows)], len(rows))
+
+    def _room(self, max_new_tokens: int) -> Room:
         if self.kv_cache_gib is None:
-            return Room(None, max_new_tokens)
-        of_token = bytes_per_token(self.policy)
-        room = Room(int(self.kv_cache_gib * GIB / of_token), max_new_tokens)
-        needed = max(room.needed([request]) for request in requests)
-        assert room.num_tokens is not None
-        if needed > room.num_tokens:
+            return Room(None, max_new_tokens, 0)
+        with torch.no_grad(), evaluating(self.policy.model), self.policy.autocast():
+            of_token = bytes_per_token(self.policy)
+        return Room(int(self.kv_cache_gib * GIB / of_token), max_new_tokens, of_token)
+
+    def _check_positions(self, prompts: Prompts, max_new_tokens: int) -> None:
+        config = self.policy.model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        needed = max(map(len, prompts.token_ids)) + max_new_tokens
+        if positions and needed > positions:
             raise InputError(
-                f"kv_cache_gib must hold one prompt with its completions, at least "
-                f"{needed * of_token / GIB:.4g} GiB, got {self.kv_cache_gib:g}; raise it, or lower "
-                "num_generations or max_completion_length"
+                f"a prompt of {needed - max_new_tokens} tokens and max_completion_length are "
+                f"{needed} tokens, but the model has {positions} positions; lower either"
             )
-        return room
 
 
 class Room(NamedTuple):
@@ -140,6 +150,27 @@ class Room(NamedTuple):
 
     num_tokens: int | None
     max_new_tokens: int
+    bytes_per_token: int
+
+    def fitted(self, requests: Sequence[Request], num_generations: int) -> list[Request]:
+        """The requests in parts that there is room for, each of a group at least."""
+        if self.num_tokens is None:
+            return list(requests)
+        found = []
+        for request in requests:
+            group = request.rows[:num_generations]
+            needed = self.needed([request._replace(rows=group)])
+            if needed > self.num_tokens:
+                raise InputError(
+                    "kv_cache_gib must hold one prompt with its completions, at least "
+                    f"{needed * self.bytes_per_token / GIB:.4g} GiB, but there is room for "
+                    f"{self.num_tokens} tokens instead of {needed}; raise it, or lower "
+                    "num_generations or max_completion_length"
+                )
+            most = (self.num_tokens - request.length) // self.max_new_tokens
+            for start in range(0, len(request.rows), most):
+                found.append(request._replace(rows=request.rows[start : start + most]))
+        return found
 
     def needed(self, requests: Sequence[Request]) -> int:
         """Tokens that a cohort of these has memory for."""

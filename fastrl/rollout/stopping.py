@@ -5,6 +5,7 @@ Legend: R rows, C completion length.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,12 @@ class StopStrings:
         tail = ids.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, self._filler)
         found: Tensor = self._criteria(tail, None)
         return found
+
+
+@functools.lru_cache(maxsize=4)
+def stop_strings_of(tokenizer: Any, strings: tuple[str, ...]) -> StopStrings:
+    """Made once: reading a large vocabulary takes longer than a step of decoding."""
+    return StopStrings(tokenizer, strings)
 
 
 def _can_match(tokenizer: Any, string: str) -> bool:
