@@ -24,12 +24,17 @@ NAMES = ("python", "torch", "transformers", "trl")
 def render(name: str) -> str:
     """The table of one file of results, and what it was measured on."""
     rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    has_notes = any(row["note"] for row in rows)
     lines = ["| case | implementation | ms (p20 to p80) | time | peak MiB | memory |"]
     lines.append("|---|---|---|---|---|---|")
+    if has_notes:
+        lines = [lines[0] + " |", lines[1] + "---|"]
     for case in dict.fromkeys(row["case"] for row in rows):
         members = [row for row in rows if row["case"] == case]
         base = next(row for row in members if row["implementation"].startswith("fastrl"))
-        lines += [_line(row, base, is_first=row is members[0]) for row in members]
+        for row in members:
+            line = _line(row, base, is_first=row is members[0])
+            lines.append(f"{line} {row['note']} |" if has_notes else line)
     where = rows[0]["environment"]
     commits = dict.fromkeys(row["environment"]["commit"] for row in rows)
     versions = ", ".join(f"{name} {where[name]}" for name in NAMES if name in where)

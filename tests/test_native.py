@@ -10,7 +10,8 @@ from fastrl.errors import InputError, NotFiniteError
 from fastrl.policy import Policy
 from fastrl.rollout import Sampling, make_engine
 from fastrl.rollout.graphed import GraphedDecoder
-from fastrl.rollout.native import GIB, NativeEngine
+from fastrl.rollout.native import NativeEngine
+from fastrl.rollout.room import GIB
 from fastrl.rollout.stopping import StopStrings
 from fastrl.types import Example, Prompts
 from tests.helpers import random_ids, tiny_model, tiny_policy
@@ -218,6 +219,34 @@ def test_prompts_wait_for_room_and_get_the_same_completions(policy):
         make_engine("native", policy, {"kv_cache_gib": (smallest - 1) / GIB}).generate(
             prompts, sampling, generator()
         )
+
+
+@pytest.mark.parametrize("engine_class", [NativeEngine, Steady])
+def test_completions_that_outgrow_the_budget_start_again_from_what_they_have(engine_class):
+    """Up to 200 tokens, where as much room as for two of the largest groups lets many start."""
+    policy = tiny_policy(max_position_embeddings=512)
+    policy.eos_token_ids = list(range(0, 300, 100))  # one token in a hundred: most become long
+    prompts, sampling = prompts_of([40, 3, 9, 30, 12, 12, 2]), Sampling(4, 200)
+    expected = NativeEngine(policy).generate(prompts, sampling, generator())
+    largest = (40 + 4 * 200) * 2 * 2 * 2 * 8 * 4
+    for budget in (largest, 2 * largest):
+        ended = []
+        engine = engine_class(policy, kv_cache_gib=budget / GIB)
+        rollouts = engine.generate(
+            prompts, sampling, generator(), lambda b, ids, ended=ended: ended.append(b)
+        )
+        assert_same(rollouts, expected)
+        assert engine.num_restarts > 0
+        assert engine.peak_kv_bytes <= budget
+        assert sorted(ended) == list(range(28))
+
+
+def test_memory_grows_with_completions(policy):
+    """Not with what they might become."""
+    engine = make_engine("native", tiny_policy(max_position_embeddings=4096))
+    engine.policy.eos_token_ids = list(range(300))  # every first token is an end
+    engine.generate(prompts_of([5]), Sampling(4, 4000), generator())
+    assert engine.peak_kv_bytes <= (5 + 4 * 64) * 2 * 2 * 2 * 8 * 4
 
 
 def test_equal_prompts_that_find_no_room_together_wait_for_each_other(policy):

@@ -21,8 +21,8 @@ from fastrl.rollout.requests import Request, alike
 class CachedDecoder:
     """One batch of sequences of equal length; a prompt's state is copied for each of its rows."""
 
-    num_tokens = 0  # no budget is kept: states have no size a token
-    peak_bytes = 0
+    # No budget is kept: states have no size a token.
+    num_tokens = growth = longest_next = peak_bytes = 0
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -51,7 +51,14 @@ class CachedDecoder:
         hidden: Tensor = out.last_hidden_state[:, -1]
         return hidden
 
-    def keep(self, goes_on: Tensor) -> None:
+    def num_tokens_at(self, num_columns: int) -> int:
+        """See `Decoder`."""
+        return 0
+
+    def grow(self) -> None:
+        """transformers' cache does."""
+
+    def keep(self, goes_on: Tensor, *, give_back: bool = False) -> None:
         """Drop rows: goes_on (R,) bool."""
         if goes_on.any():
             self.cache.reorder_cache(goes_on.nonzero()[:, 0])

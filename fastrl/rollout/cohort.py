@@ -3,7 +3,7 @@
 The rows of a cohort have all drawn the same number of tokens, so their own keys and values fill the
 same columns of a block and need no mask.
 
-Legend: P prompts, R rows, Hkv key-value heads, K head size, L longest prompt, C most new tokens.
+Legend: P prompts, R rows, Hkv key-value heads, K head size, L longest prompt, C columns of suffix.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from fastrl.integrations.decoding import Layer
 from fastrl_kernels import decode_attention
 
+FIRST_COLUMNS = 64
+"""Tokens of a completion that there is memory for at first; more is taken by doubling."""
 LIVE_SHARE = 0.75
 """Share of a cohort's slots in use below which the others' memory is given back. Attention still
 goes through slots that have ended; all other layers leave them out at once."""
@@ -47,6 +49,8 @@ class Cohort:
         """num_rows: sequences of each prompt; max_new_tokens: at most drawn by one of them."""
         self.longest = max(prefix_lengths)
         self.max_new_tokens = max_new_tokens
+        self.capacity = min(FIRST_COLUMNS, max_new_tokens)
+        """Columns of the suffix that there is memory for."""
         self.prefix_lengths = torch.tensor(prefix_lengths, dtype=torch.int32, device=device)
         groups = torch.arange(len(prefix_lengths), dtype=torch.int32)
         self.row_groups = groups.repeat_interleave(torch.tensor(num_rows)).to(device)  # (R,)
@@ -64,7 +68,31 @@ class Cohort:
     @property
     def num_tokens(self) -> int:
         """Tokens that there is memory for, drawn or not."""
-        return len(self.prefix_lengths) * self.longest + self.num_slots * self.max_new_tokens
+        return self.num_tokens_at(0)
+
+    def num_tokens_at(self, num_columns: int) -> int:
+        """The same when the suffix has grown to so many columns."""
+        columns = max(self.capacity, min(num_columns, self.max_new_tokens))
+        return len(self.prefix_lengths) * self.longest + self.num_slots * columns
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next token needs more memory."""
+        return self.num_new == self.capacity
+
+    @property
+    def next_capacity(self) -> int:
+        """Columns of the suffix in the next step."""
+        if not self.is_full:
+            return self.capacity
+        return min(max(2 * self.capacity, FIRST_COLUMNS), self.max_new_tokens)
+
+    @property
+    def growth(self) -> int:
+        """Tokens of memory that the next step takes, below 0 where slots are given back."""
+        if not self.is_full:
+            return 0
+        return len(self.active) * self.next_capacity - self.num_slots * self.capacity
 
     @property
     def num_bytes(self) -> int:
@@ -97,8 +125,8 @@ class Cohort:
         return KeyValues(
             room(k, num_prompts, self.longest),
             room(v, num_prompts, self.longest),
-            room(k, self.num_slots, self.max_new_tokens),
-            room(v, self.num_slots, self.max_new_tokens),
+            room(k, self.num_slots, self.capacity),
+            room(v, self.num_slots, self.capacity),
         )
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -147,27 +175,37 @@ class Cohort:
         if self.counter is not None:
             self.counter += 1
 
-    def keep(self, goes_on: Tensor) -> None:
-        """Drop rows; goes_on: bool, one a row that went on so far."""
-        self.active = self.active[goes_on]
-        if 0 < len(self.active) < LIVE_SHARE * self.num_slots:
-            self._compact()
+    def keep(self, goes_on: Tensor, *, live_share: float = LIVE_SHARE) -> None:
+        """Drop rows; goes_on: bool, one a row that went on so far.
 
-    def _compact(self) -> None:
-        """Give back the memory of slots that have ended and of prompts without rows."""
+        Below `live_share` of the slots in use the memory of the others is given back.
+        """
+        self.active = self.active[goes_on]
+        if 0 < len(self.active) < live_share * self.num_slots:
+            self._rebuild()
+
+    def grow(self) -> None:
+        """Take memory for the next token, if it needs any."""
+        if self.is_full:
+            self.capacity = self.next_capacity
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        """New memory: without slots that have ended and prompts without rows."""
         prompts, groups = self.row_groups[self.active].unique(return_inverse=True)
         prompts = prompts.long()
         for layer in self.layers.values():
             if len(prompts) < len(self.prefix_lengths):
                 layer.prefix_k = layer.prefix_k[prompts]
                 layer.prefix_v = layer.prefix_v[prompts]
-            layer.suffix_k = self._compacted(layer.suffix_k)
-            layer.suffix_v = self._compacted(layer.suffix_v)
+            layer.suffix_k = self._rebuilt(layer.suffix_k)
+            layer.suffix_v = self._rebuilt(layer.suffix_v)
         self.prefix_lengths = self.prefix_lengths[prompts]
         self.row_groups = groups.to(torch.int32)
         self.active = torch.arange(len(groups), device=groups.device)
 
-    def _compacted(self, suffix: Tensor) -> Tensor:
-        kept = suffix.new_empty(len(self.active), *suffix.shape[1:])
+    def _rebuilt(self, suffix: Tensor) -> Tensor:
+        shape = (len(self.active), suffix.shape[1], self.capacity, suffix.shape[3])
+        kept = suffix.new_empty(shape)
         kept[:, :, : self.num_new] = suffix[self.active, :, : self.num_new]
         return kept

@@ -16,7 +16,7 @@ from fastrl.integrations.decoding import Layer, decode_inputs
 from fastrl.integrations.transformers import segment_attention_enabled
 from fastrl.packing import Plan
 from fastrl.policy import Policy
-from fastrl.rollout.cohort import Cohort
+from fastrl.rollout.cohort import LIVE_SHARE, Cohort
 from fastrl.rollout.requests import Request, alike
 from fastrl_kernels import make_segments
 
@@ -39,6 +39,20 @@ class Decoder(Protocol):
         """Tokens that there is memory for, drawn or not."""
         ...
 
+    @property
+    def growth(self) -> int:
+        """Tokens of memory that the next step takes beyond that."""
+        ...
+
+    @property
+    def longest_next(self) -> int:
+        """New tokens of a row that there is memory for after the next step, where most."""
+        ...
+
+    def num_tokens_at(self, num_columns: int) -> int:
+        """num_tokens when every row has grown to so many new tokens."""
+        ...
+
     def admissible(self, requests: Sequence[Request]) -> int:
         """How many of the first requests may start now, memory aside."""
         ...
@@ -51,8 +65,12 @@ class Decoder(Protocol):
         """Append the tokens (R,) that were drawn last; (R, D) states that predict the next."""
         ...
 
-    def keep(self, goes_on: Tensor) -> None:
-        """Drop rows: goes_on (R,) bool."""
+    def grow(self) -> None:
+        """Take the memory that the next step needs."""
+        ...
+
+    def keep(self, goes_on: Tensor, *, give_back: bool = False) -> None:
+        """Drop rows: goes_on (R,) bool; give_back: their memory too, at once."""
         ...
 
 
@@ -74,6 +92,26 @@ class PackedDecoder:
     def num_tokens(self) -> int:
         """Tokens that there is memory for, drawn or not."""
         return sum(cohort.num_tokens for cohort in self.cohorts)
+
+    @property
+    def growth(self) -> int:
+        """See `Decoder`."""
+        return sum(cohort.growth for cohort in self.cohorts)
+
+    @property
+    def longest_next(self) -> int:
+        """See `Decoder`."""
+        return max(cohort.next_capacity for cohort in self.cohorts)
+
+    def num_tokens_at(self, num_columns: int) -> int:
+        """See `Decoder`."""
+        return sum(cohort.num_tokens_at(num_columns) for cohort in self.cohorts)
+
+    def grow(self) -> None:
+        """See `Decoder`."""
+        for cohort in self.cohorts:
+            cohort.grow()
+        self.peak_bytes = max(self.peak_bytes, self.num_bytes)
 
     def admissible(self, requests: Sequence[Request]) -> int:
         """How many of the first requests may start now as one cohort, memory aside."""
@@ -134,10 +172,10 @@ class PackedDecoder:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def keep(self, goes_on: Tensor) -> None:
-        """Drop rows: goes_on (R,) bool."""
+    def keep(self, goes_on: Tensor, *, give_back: bool = False) -> None:
+        """See `Decoder`."""
         for cohort, rows in zip(self.cohorts, list(self._rows()), strict=True):
-            cohort.keep(goes_on[rows])
+            cohort.keep(goes_on[rows], live_share=1.0 if give_back else LIVE_SHARE)
         self.cohorts = [cohort for cohort in self.cohorts if len(cohort.active)]
 
     def _rows(self) -> Iterator[slice]:

@@ -48,9 +48,15 @@ class GraphedDecoder(PackedDecoder):
         self._reshape()
         return hidden
 
-    def keep(self, goes_on: Tensor) -> None:
+    def grow(self) -> None:
+        """See `PackedDecoder.grow`."""
+        if any(cohort.is_full for cohort in self.cohorts):
+            super().grow()
+            self._reshape()
+
+    def keep(self, goes_on: Tensor, *, give_back: bool = False) -> None:
         """See `PackedDecoder.keep`."""
-        super().keep(goes_on)
+        super().keep(goes_on, give_back=give_back)
         if sum(cohort.num_slots for cohort in self.cohorts) != self.num_slots:
             self._reshape()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,19 +24,19 @@ from fastrl.rollout.draws import Drawing
 from fastrl.rollout.graphed import GraphedDecoder
 from fastrl.rollout.randomness import completion_keys
 from fastrl.rollout.requests import Request, grouped
+from fastrl.rollout.room import Room, tokens_in
 from fastrl.rollout.table import Rows, Table
 from fastrl.types import Prompts, Rollouts
-
-GIB = 2**30
 
 
 class NativeEngine:
     """Decodes with the model that is trained: no second copy of weights, nothing to synchronise.
 
-    kv_cache_gib: the most memory that keys and values may take; prompts wait for room. None: all
-    prompts of a call at once. fold_adapters: sample with adapters folded into the weights, which
-    get their own bits back; one product for three, for a copy of the adapted weights. cuda_graphs:
-    replay steps instead of launching their kernels one by one; needs a GPU and is untested on one.
+    kv_cache_gib: the most memory that keys and values may take; prompts wait for room. None: on a
+    GPU what weights and optimizer leave over, on a CPU all prompts of a call at once.
+    fold_adapters: sample with adapters folded into the weights, which get their own bits back; one
+    product for three, for a copy of the adapted weights. cuda_graphs: replay steps instead of
+    launching their kernels one by one; needs a GPU and is untested on one.
     """
 
     shares_weights = True
@@ -65,6 +64,8 @@ class NativeEngine:
         self.cuda_graphs = cuda_graphs
         self.peak_kv_bytes = 0
         """Most memory that keys and values took in the last call."""
+        self.num_restarts = 0
+        """Completions that found no room to grow in it and started again from what they had."""
 
     def generate(
         self, prompts: Prompts, sampling: Sampling, generator: torch.Generator,
@@ -95,13 +96,13 @@ class NativeEngine:
             table.start(started)
         self._check_positions(prompts, C)
         room = self._room(C)
-        requests = room.fitted(_requests(prompts, table, G), G)
+        requests = room.fitted(_requests(prompts, table, np.flatnonzero(table.goes_on)), G)
         keys = completion_keys(prompts, G, generator)
         model = self.policy.model
         folded = folded_adapters(model) if self.fold_adapters else nullcontext()
         with evaluating(model), folded, self.policy.autocast():
             drawing = Drawing(self.policy, sampling, keys, table, prompts)
-            loop = _Loop(drawing, room, max_tokens, on_completion)
+            loop = _Loop(prompts, drawing, room, max_tokens, on_completion)
             if self.has_state:
                 loop.complete(CachedDecoder(self.policy), requests)
             else:
@@ -109,6 +110,7 @@ class NativeEngine:
                 with decoding(model, decoder):
                     loop.complete(decoder, requests)
                 self.peak_kv_bytes = decoder.peak_bytes
+        self.num_restarts = loop.num_restarts
         return table.rollouts(prompts, is_exact=sampling.is_exact)
 
     def new_table(self, num_rows: int, num_columns: int) -> Table:
@@ -128,11 +130,12 @@ class NativeEngine:
         room.fitted([Request(ids, rows)], len(rows))
 
     def _room(self, max_new_tokens: int) -> Room:
-        if self.kv_cache_gib is None:
-            return Room(None, max_new_tokens, 0)
+        if self.has_state or (self.kv_cache_gib is None and self.policy.device.type == "cpu"):
+            return Room(None, max_new_tokens)
         with torch.no_grad(), evaluating(self.policy.model), self.policy.autocast():
             of_token = bytes_per_token(self.policy)
-        return Room(int(self.kv_cache_gib * GIB / of_token), max_new_tokens, of_token)
+        num_tokens = tokens_in(self.kv_cache_gib, self.policy, of_token)
+        return Room(num_tokens, max_new_tokens, bytes_per_token=of_token)
 
     def _check_positions(self, prompts: Prompts, max_new_tokens: int) -> None:
         config = self.policy.model.config.get_text_config()
@@ -145,62 +148,19 @@ class NativeEngine:
             )
 
 
-class Room(NamedTuple):
-    """How many tokens' keys and values there is memory for."""
-
-    num_tokens: int | None
-    max_new_tokens: int
-    bytes_per_token: int
-
-    def fitted(self, requests: Sequence[Request], num_generations: int) -> list[Request]:
-        """The requests in parts that there is room for, each of a group at least."""
-        if self.num_tokens is None:
-            return list(requests)
-        found = []
-        for request in requests:
-            group = request.rows[:num_generations]
-            needed = self.needed([request._replace(rows=group)])
-            if needed > self.num_tokens:
-                raise InputError(
-                    "kv_cache_gib must hold one prompt with its completions, at least "
-                    f"{needed * self.bytes_per_token / GIB:.4g} GiB, but there is room for "
-                    f"{self.num_tokens} tokens instead of {needed}; raise it, or lower "
-                    "num_generations or max_completion_length"
-                )
-            most = (self.num_tokens - request.length) // self.max_new_tokens
-            for start in range(0, len(request.rows), most):
-                found.append(request._replace(rows=request.rows[start : start + most]))
-        return found
-
-    def needed(self, requests: Sequence[Request]) -> int:
-        """Tokens that a cohort of these has memory for."""
-        num_rows = sum(len(request.rows) for request in requests)
-        return len(requests) * requests[0].length + num_rows * self.max_new_tokens
-
-    def admitted(self, requests: Sequence[Request], decoder: Decoder) -> int:
-        """How many of the waiting requests, from the first, start now as one cohort."""
-        if not requests:
-            return 0
-        num = decoder.admissible(requests)
-        while (
-            num and self.num_tokens is not None
-            and decoder.num_tokens + self.needed(requests[:num]) > self.num_tokens
-        ):  # fmt: skip
-            num -= 1
-        return num
-
-
 class _Loop:
     """Decodes step by step; requests start in their order, as soon as there is room."""
 
     def __init__(
-        self, drawing: Drawing, room: Room, max_tokens: int | None,
+        self, prompts: Prompts, drawing: Drawing, room: Room, max_tokens: int | None,
         on_completion: OnCompletion | None,
     ) -> None:  # fmt: skip
+        self.prompts = prompts
         self.drawing = drawing
         self.room = room
         self.max_tokens = max_tokens
         self.on_completion = on_completion
+        self.num_restarts = 0
 
     def complete(self, decoder: Decoder, requests: Sequence[Request]) -> None:
         """Until every completion has ended, or until max_tokens have been drawn."""
@@ -217,9 +177,24 @@ class _Loop:
                 rows, tokens = np.concatenate([rows, added]), torch.cat([tokens, first])
                 num_drawn += len(added)
             else:
+                while len(rows) > 1 and self.room.is_short(decoder):
+                    rows, tokens, stopped = self._stop_youngest(decoder, rows, tokens)
+                    waiting = sorted([*stopped, *waiting], key=lambda request: -request.length)
+                decoder.grow()
                 tokens = drawing.from_hidden(decoder.step(tokens), rows)
                 num_drawn += len(rows)
             rows, tokens = self._ended(decoder, rows, tokens)
+
+    def _stop_youngest(
+        self, decoder: Decoder, rows: Rows, tokens: Tensor
+    ) -> tuple[Rows, Tensor, list[Request]]:
+        """Half of the rows, with their last tokens, and requests to go on with the others later."""
+        num_kept = len(rows) // 2
+        kept = torch.arange(len(rows), device=tokens.device) < num_kept
+        decoder.keep(kept, give_back=True)
+        self.num_restarts += len(rows) - num_kept
+        stopped = _requests(self.prompts, self.drawing.table, rows[num_kept:])
+        return rows[:num_kept], tokens[:num_kept], stopped
 
     def _ended(self, decoder: Decoder, rows: Rows, tokens: Tensor) -> tuple[Rows, Tensor]:
         """Rows that have ended leave; the others with their last tokens."""
@@ -234,15 +209,15 @@ class _Loop:
         return rows[goes_on], tokens[kept]
 
 
-def _requests(prompts: Prompts, table: Table, num_generations: int) -> list[Request]:
-    """Rows that go on behind equal tokens are one request."""
-    prefixes, rows = [], []
-    for row in np.flatnonzero(table.goes_on).tolist():
+def _requests(prompts: Prompts, table: Table, rows: Rows) -> list[Request]:
+    """To go on with these rows; those behind equal tokens are one request."""
+    num_generations = len(table.lengths) // len(prompts)
+    prefixes = []
+    for row in rows.tolist():
         prompt = prompts.token_ids[row // num_generations]
-        started = table.completion(row)
-        prefixes.append(torch.cat([prompt.cpu(), started]) if len(started) else prompt)
-        rows.append((row,))
-    return grouped(prefixes, rows)
+        drawn = table.completion(row)
+        prefixes.append(torch.cat([prompt.cpu(), drawn]) if len(drawn) else prompt)
+    return grouped(prefixes, [(row,) for row in rows.tolist()])
 
 
 @contextmanager
