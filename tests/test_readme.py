@@ -13,7 +13,7 @@ from benchmarks.report_rows import DOCUMENTS, filled
 from fastrl.cli import COMMANDS
 from fastrl.config_io import load_config
 from fastrl_kernels import LinearLogps, Plan, PolicyLoss
-from tests.helpers import random_ids, tiny_model
+from tests.helpers import random_ids, tiny_model, tiny_policy
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,6 +92,17 @@ def test_python_examples_run_as_written(page):
         assert isinstance(out, LinearLogps | PolicyLoss | Plan)
         if "plan" in names:
             assert [len(logps) for logps in names["logps"]] == [4, 2, 6, 1]
+
+
+def test_the_loop_of_your_own_samples():
+    text = (ROOT / "docs" / "rollouts.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    policy = tiny_policy()
+    names = {"model": policy.model, "tokenizer": policy.tokenizer}
+    names["prompt_ids"] = tuple(random_ids([5, 3]))
+    exec(compile(block, "docs/rollouts.md", "exec"), names)
+    assert len(names["logps"]) == 16
+    assert names["rollouts"].num_generations == 8
 
 
 def test_study_section_is_generated_from_the_committed_results(monkeypatch):
