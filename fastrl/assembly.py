@@ -147,8 +147,7 @@ def _check_lengths(config: Config, trainer: Trainer) -> None:
 def _check_sampling(config: Config, trainer: Trainer) -> None:
     """What ends completions can occur, and the largest group finds room."""
     sampler = trainer.sampler
-    if config.rollout.stop_strings:
-        stop_strings_of(trainer.policy.tokenizer, config.rollout.stop_strings)
+    stop_strings_of(trainer.policy.tokenizer, config.rollout.stop_strings)
     if isinstance(sampler.engine, NativeEngine):
         most = max(config.rollout.num_generations, config.eval.num_samples)
         largest = dataclasses.replace(sampler.sampling, num_generations=most)

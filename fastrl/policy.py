@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,16 @@ class Policy:
     def body(self) -> Any:
         """The model without its head and without wrappers: input ids to final hidden states."""
         return without_wrappers(self.model).base_model
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model in evaluation mode within the block."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The arithmetic of the layers: bfloat16 where the config says so."""

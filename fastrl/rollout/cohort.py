@@ -141,8 +141,8 @@ class Cohort:
             kept.suffix_v.index_copy_(2, column, v[:, :, None])
             return self._attend(layer, q, self.counter + 1)
         new_k, new_v = kept.suffix_k[:, :, self.num_new], kept.suffix_v[:, :, self.num_new]
-        is_full = len(self.active) == self.num_slots
-        if is_full:
+        all_go_on = len(self.active) == self.num_slots
+        if all_go_on:
             new_k.copy_(k)
             new_v.copy_(v)
         else:
@@ -150,7 +150,7 @@ class Cohort:
             new_v.index_copy_(0, self.active, v)
             q = q.new_zeros(self.num_slots, *q.shape[1:]).index_copy_(0, self.active, q)
         out = self._attend(layer, q, self.num_new + 1)
-        return out if is_full else out[self.active]
+        return out if all_go_on else out[self.active]
 
     def _attend(self, layer: Layer, q: Tensor, suffix_length: int | Tensor) -> Tensor:
         kept = self.layers[layer.module]

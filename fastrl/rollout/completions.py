@@ -31,11 +31,7 @@ class Ends:
 
     def __init__(self, policy: Policy, sampling: Sampling) -> None:
         self._tokens = torch.tensor(policy.eos_token_ids)
-        self._stops = (
-            stop_strings_of(policy.tokenizer, sampling.stop_strings)
-            if sampling.stop_strings
-            else None
-        )
+        self._stops = stop_strings_of(policy.tokenizer, sampling.stop_strings)
 
     def cut(self, ids: Tensor, logps: Tensor | None) -> Completion:
         """The completion up to its first end, or all of it where there is none."""

@@ -33,11 +33,7 @@ class Drawing:
         self.table = table
         self.head = policy.lm_head
         self.ends = torch.tensor(policy.eos_token_ids, device=policy.device)
-        self.stop_strings = (
-            stop_strings_of(policy.tokenizer, sampling.stop_strings)
-            if sampling.stop_strings
-            else None
-        )
+        self.stop_strings = stop_strings_of(policy.tokenizer, sampling.stop_strings)
         self.seen: Tensor | None = None  # (B, V) bool
         if sampling.repetition_penalty != 1.0:
             self.seen = self._said(prompts)

@@ -48,20 +48,19 @@ class GenerateEngine:
             pad_token_id=pad_token_id,
             use_cache=True,
         )
-        was_training, own_settings = model.training, model.generation_config
-        model.eval()
+        own_settings = model.generation_config
         # Settings left open would be filled in from the model's own file, where instruct models
         # keep repetition penalties and the like, which would change the sampled distribution.
         model.generation_config = settings
         try:
-            model.generate(
-                input_ids=input_ids.to(self.policy.device),
-                attention_mask=attention_mask.to(self.policy.device),
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([sampler]),
-            )
+            with self.policy.evaluating():
+                model.generate(
+                    input_ids=input_ids.to(self.policy.device),
+                    attention_mask=attention_mask.to(self.policy.device),
+                    generation_config=settings,
+                    logits_processor=LogitsProcessorList([sampler]),
+                )
         finally:
-            model.train(was_training)
             model.generation_config = own_settings
         return table.rollouts(prompts, is_exact=sampling.is_exact)
 

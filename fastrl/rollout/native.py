@@ -6,8 +6,9 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -100,7 +101,7 @@ class NativeEngine:
         keys = completion_keys(prompts, G, generator)
         model = self.policy.model
         folded = folded_adapters(model) if self.fold_adapters else nullcontext()
-        with evaluating(model), folded, self.policy.autocast():
+        with self.policy.evaluating(), folded, self.policy.autocast():
             drawing = Drawing(self.policy, sampling, keys, table, prompts)
             loop = _Loop(prompts, drawing, room, max_tokens, on_completion)
             if self.has_state:
@@ -132,10 +133,13 @@ class NativeEngine:
     def _room(self, max_new_tokens: int) -> Room:
         if self.has_state or (self.kv_cache_gib is None and self.policy.device.type == "cpu"):
             return Room(None, max_new_tokens)
-        with torch.no_grad(), evaluating(self.policy.model), self.policy.autocast():
-            of_token = bytes_per_token(self.policy)
-        num_tokens = tokens_in(self.kv_cache_gib, self.policy, of_token)
-        return Room(num_tokens, max_new_tokens, bytes_per_token=of_token)
+        num_tokens = tokens_in(self.kv_cache_gib, self.policy, self._bytes_per_token)
+        return Room(num_tokens, max_new_tokens, bytes_per_token=self._bytes_per_token)
+
+    @cached_property
+    def _bytes_per_token(self) -> int:
+        with torch.no_grad(), self.policy.evaluating(), self.policy.autocast():
+            return bytes_per_token(self.policy)
 
     def _check_positions(self, prompts: Prompts, max_new_tokens: int) -> None:
         config = self.policy.model.config.get_text_config()
@@ -218,14 +222,3 @@ def _requests(prompts: Prompts, table: Table, rows: Rows) -> list[Request]:
         drawn = table.completion(row)
         prefixes.append(torch.cat([prompt.cpu(), drawn]) if len(drawn) else prompt)
     return grouped(prefixes, [(row,) for row in rows.tolist()])
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode within the block."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -45,9 +45,9 @@ class StopStrings:
 
 
 @functools.lru_cache(maxsize=4)
-def stop_strings_of(tokenizer: Any, strings: tuple[str, ...]) -> StopStrings:
-    """Made once: reading a large vocabulary takes longer than a step of decoding."""
-    return StopStrings(tokenizer, strings)
+def stop_strings_of(tokenizer: Any, strings: tuple[str, ...]) -> StopStrings | None:
+    """None for no strings; made once, as a large vocabulary takes longer to read than a step."""
+    return StopStrings(tokenizer, strings) if strings else None
 
 
 def _can_match(tokenizer: Any, string: str) -> bool:
