@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import socket
 import struct
@@ -16,12 +17,21 @@ class Channel:
 
     def __init__(self, end: socket.socket) -> None:
         self.socket = end
+        self._inode = os.fstat(end.fileno()).st_ino
         self._unsent = bytearray()
         self._unread = bytearray()
 
     def fileno(self) -> int:
         """For selectors."""
         return self.socket.fileno()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the socket is still there; any code in this process can close its number."""
+        try:
+            return os.fstat(self.socket.fileno()).st_ino == self._inode
+        except OSError:
+            return False
 
     @property
     def has_unsent(self) -> bool:

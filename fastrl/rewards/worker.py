@@ -99,6 +99,8 @@ def _answer_all(
             answers.send_if_old(now)
             PROGRESS.pack_into(progress, 0, now, position)
             answers.add(_answer(functions[call.reward], call.rows(start, start + width), loaded))
+            if not channel.is_open:
+                os._exit(1)  # while `progress` still names the call that closed it
             position += width
     answers.send(time.monotonic())
 
