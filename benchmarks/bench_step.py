@@ -89,8 +89,7 @@ class TRLSteps:
         from transformers import TrainerCallback
         from trl import GRPOConfig, GRPOTrainer
 
-        rollout, objective = self.config.rollout, self.config.objective
-        num_iterations = objective.num_iterations
+        rollout, num_iterations = self.config.rollout, self.config.num_iterations
         marks: list[float] = []
 
         class Clock(TrainerCallback):
@@ -107,7 +106,7 @@ class TRLSteps:
                 max_completion_length=rollout.max_completion_length, steps_per_generation=1,
                 num_iterations=num_iterations, max_steps=self.num_steps * num_iterations,
                 learning_rate=self.config.optim.learning_rate, max_grad_norm=0.1, adam_beta2=0.95,
-                epsilon_high=objective.epsilon_high, beta=0.0, logging_steps=1000,
+                epsilon_high=self.config.objective["epsilon_high"], beta=0.0, logging_steps=1000,
                 disable_tqdm=True, seed=0,
             )  # fmt: skip
             trainer = GRPOTrainer(

@@ -11,6 +11,7 @@ import torch
 
 from fastrl.carried import check_partial_rollouts
 from fastrl.config import Config
+from fastrl.config_io import objective_of
 from fastrl.down_sampling import check_scores
 from fastrl.errors import InputError
 from fastrl.methods.checks import check_generations, check_sizes
@@ -29,7 +30,7 @@ TOKENIZER_SAMPLE = 2048
 
 def build_trainer(config: Config, directory: Path | None = None) -> Trainer:
     """Task, rewards, policy and method of a config; the policy from `directory` if one is given."""
-    method = resolve_method(config.method, config.objective)
+    method = resolve_method(config.method, objective_of(config))
     check_generations(method, config.rollout.num_generations)
     check_sizes(
         method,
@@ -37,7 +38,7 @@ def build_trainer(config: Config, directory: Path | None = None) -> Trainer:
         max_completion_length=config.rollout.max_completion_length,
         num_rewards=len(config.rewards),
     )
-    check_scores(method, config.objective.scores_from)
+    check_scores(method, method.scores_from)
     longest = config.rollout.max_prompt_length + config.rollout.max_completion_length - 1
     if longest > config.max_tokens_per_pass:
         raise InputError(

@@ -57,15 +57,30 @@ class ModelConfig:
     path: str | None = None
     """Directory with config, safetensors and tokenizer files in Hugging Face format."""
     architecture: dict[str, Any] = field(default_factory=dict)
-    """Fields of a transformers config, `model_type` among them, for a fresh policy."""
-    tokenizer_vocab_size: Annotated[int, Range(64)] = 320
-    """Vocabulary of the tokenizer that a fresh policy learns from the task's own text."""
+    """Fields of a transformers config, `model_type` among them, for a fresh policy; `vocab_size` is
+    that of the tokenizer which it learns from the task's own text, 320 unless given."""
     device: str = "auto"
     """Where to train: auto, cpu, cuda or cuda:N."""
-    bf16: bool = False
-    """Run the forward pass under bfloat16 autocast; weights and optimizer stay float32."""
+    precision: Literal["float32", "autocast", "split", "stochastic"] = "float32"
+    """float32; autocast: bfloat16 layers over float32 weights; split: bfloat16 weights, exact float32
+    masters in 2 more bytes; stochastic: bfloat16 weights that are rounded by chance."""
+    lora: dict[str, Any] = field(default_factory=dict)
+    """Fields of peft.LoraConfig, such as r, to train an adapter; none: all weights."""
+    load_in_4bit: bool = False
+    """Keep the weights below an adapter in 4 bits (NF4, bitsandbytes)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_offloading: bool = False
+    """Keep what gradient checkpointing saves in the memory of the CPU."""
+    mlp_chunk_size: CountOrZero = 0
+    """Tokens that an MLP looks at together; fewer take less memory. 0: all of a pass."""
+    use_liger_kernel: bool = False
+    """RMSNorm, RoPE and SwiGLU of liger-kernel, where it is installed."""
+    cast_lm_head_to_fp32: bool = False
+    """Compute logits from float32 copies of the head's inputs, in sampling and training alike."""
+    reference: Literal["auto", "copy", "cpu", "8bit", "4bit"] = "auto"
+    """Where the reference policy is kept: auto is the adapter switched off, or else a copy; cpu
+    brings it to the GPU layer by layer, 8bit and 4bit round it."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +101,6 @@ class RolloutConfig:
     """Sample from this many most likely tokens; 0 is all of them."""
     min_p: Fraction = 0.0
     """Drop tokens less likely than this fraction of the most likely one."""
-    max_sampling_rounds: Count = 10
-    """With dynamic sampling: how often prompts are sampled at most before a step is trained."""
     repetition_penalty: Positive = 1.0
     """Divides positive logits of tokens that prompt or completion has already; 1 is none."""
     stop_strings: tuple[str, ...] = ()
@@ -105,7 +118,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Overrides of the method, axis by axis; what is not given is the method's own choice."""
+    """The keys of the table `objective`; what is not given is the method's own choice."""
 
     reward_shaping: str | None = None
     """What becomes of the rewards before they are compared, see `fastrl methods`; none for none."""
@@ -127,7 +140,7 @@ class ObjectiveConfig:
     """A loss of pairs or groups of completions in place of advantage and surrogate."""
     pairing: str | None = None
     """Which completions of a prompt a loss of pairs compares, see `fastrl methods`."""
-    scores_from: Literal["auto", "sampler", "policy"] = "auto"
+    scores_from: Literal["auto", "sampler", "policy"] | None = None
     """Whose entropies pick tokens: those the sampler recorded, which drops tokens before they are
     packed, or those of a forward pass of the policy; auto takes the first where they are equal."""
     parameters: dict[str, float | str] = field(default_factory=dict)
@@ -141,8 +154,6 @@ class ObjectiveConfig:
     """Weight of the regulariser; 0 keeps no reference policy in memory."""
     entropy_coef: NonNegative | None = None
     """Weight of the exact entropy bonus."""
-    num_iterations: Count = 1
-    """Optimizer steps on the same completions."""
     mask_truncated_completions: bool | None = None
     """Leave out completions that the length limit cut."""
     advantage_after_selection: bool | None = None
@@ -151,6 +162,8 @@ class ObjectiveConfig:
     """Average over the tokens that token_weights keeps, or over all that are not masked."""
     dynamic_sampling: bool | None = None
     """Sample other prompts for those that the selection leaves out, until the step is full."""
+    max_sampling_rounds: Count | None = None
+    """With dynamic sampling: how often prompts are sampled at most before a step is trained."""
     max_pass_rate: Annotated[float, Range(0, 1, open_low=True)] | None = None
     """Never ask a prompt again once so many of its completions, of all so far, have passed."""
 
@@ -159,10 +172,19 @@ class ObjectiveConfig:
 class OptimConfig:
     """AdamW and its schedule."""
 
+    optimizer: str = "adamw"
+    """adamw; adamw_8bit: moments in 8 bits; adamw_offload: on the CPU; bnb_adamw_8bit,
+    bnb_paged_adamw_8bit, torchao_adamw_8bit, torchao_adamw_4bit: of these libraries."""
+    in_backward: Literal["off", "two_phase", "previous_norm"] = "off"
+    """Step each weight in the backward pass and free its gradient; clipped by the gradient's norm
+    from a backward pass before it, or by that of the last step."""
     learning_rate: Positive = 1e-6
     """Peak step size."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after the warm-up; linear and cosine fall towards zero after the last step."""
+    lr_scheduler_type: str = "constant"
+    """Shape after the warm-up, by transformers' names: linear and cosine fall to zero after the
+    last step, cosine_with_min_lr does not."""
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the shape is told, such as min_lr."""
     warmup_steps: CountOrZero = 0
     """Steps over which the step size rises linearly from zero."""
     adam_beta1: Annotated[float, Range(0, 0.999999)] = 0.9
@@ -176,6 +198,17 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class CriticConfig:
+    """The value model of PPO and its kin; other methods have none."""
+
+    model: str = "head"
+    """head: on the layers of the policy; lora: an adapter of its own on the same weights; or the
+    directory of a model with the policy's vocabulary."""
+    learning_rate: Positive | None = None
+    """Peak step size of the value model's own weights; optim.learning_rate unless given."""
+
+
+@dataclass(frozen=True)
 class WarmStartConfig:
     """Supervised steps on the task's own solutions before reinforcement learning."""
 
@@ -185,8 +218,6 @@ class WarmStartConfig:
     """Solutions a step."""
     learning_rate: Positive = 1e-3
     """Peak step size, reached over a tenth of the steps, then falling as a cosine to zero."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled weight decay."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +226,8 @@ class EvalConfig:
 
     eval_steps: CountOrZero = 0
     """Evaluate every so many steps; always before the first and after the last. 0: only those."""
+    patience: CountOrZero = 0
+    """Stop after so many evaluations in a row without a better pass@1; 0: never."""
     num_samples: Count = 4
     """Completions a held-out prompt gets; pass@k is given for the powers of two up to it."""
     temperature: NonNegative = 1.0
@@ -234,6 +267,10 @@ class Config:
     """Seconds a reward may take for one call; then it is stopped, counted, and gives no score."""
     method: str = "grpo"
     """Policy-optimisation method, see `fastrl methods`."""
+    objective: dict[str, Any] = field(default_factory=dict)
+    """What the method does otherwise than published; the keys are those of ObjectiveConfig."""
+    values_dir: str = "runs/values"
+    """Where estimates of prompts' optimal values are kept for A*-PO."""
     output_dir: str = "runs/run"
     """Where the run writes; must not already hold one, unless resumed or overwritten."""
     seed: CountOrZero = 0
@@ -242,6 +279,10 @@ class Config:
     """Rollout batches to train on."""
     prompts_per_step: Count = 8
     """Prompts a step (P); the step trains on P * num_generations completions."""
+    num_iterations: Count = 1
+    """Times that a step's completions are trained on."""
+    num_mini_batches: Count = 1
+    """Optimizer steps that each of these is cut into, by prompts."""
     max_tokens_per_pass: Count = 4096
     """Most packed tokens in one forward and backward pass; a prompt counts once for its group, and
     the head's row of a trained token as the part of a packed token that it keeps in memory."""
@@ -249,8 +290,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)

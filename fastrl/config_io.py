@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from fastrl.config import Config, Range
+from fastrl.config import Config, ObjectiveConfig, Range
 from fastrl.errors import InputError, nearest
 
 RUN_MARK = "# The resolved config of a FastRL run.\n"
@@ -28,8 +28,12 @@ def load_config(path: str | Path) -> Config:
         raise InputError(f"cannot read config {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from error
-    config: Config = _build(Config, table, str(path), prefix="")
-    return config
+    return _config(table, str(path))
+
+
+def objective_of(config: Config) -> ObjectiveConfig:
+    """The overrides of the method as one typed record; bad keys and values raise InputError."""
+    return _objective(config.objective, "config")
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -46,20 +50,44 @@ def override_config(config: Config, arguments: Sequence[str], prog: str) -> Conf
     console = io.StringIO()
     try:
         if {"-h", "--help"} & set(arguments):
-            tyro.cli(Config, prog=prog, default=config, args=["--help"])
+            tyro.cli(_Flags, prog=prog, default=_flags(config), args=["--help"])
         with contextlib.redirect_stderr(console), contextlib.redirect_stdout(console):
             overridden, unknown = tyro.cli(
-                Config, prog=prog, default=config, args=list(arguments), return_unknown_args=True
-            )
+                _Flags, prog=prog, default=_flags(config), args=list(arguments),
+                return_unknown_args=True,
+            )  # fmt: skip
     except SystemExit as stop:
         if stop.code == 0:
             raise
         raise InputError(_first_sentence(console.getvalue())) from stop
     if unknown:
-        flags = [_flag(name) for name in _field_paths(config)]
+        flags = [_flag(name) for name in _field_paths(_flags(config))]
         raise InputError(f"unknown argument {unknown[0]!r}; {nearest(unknown[0], flags)}")
-    _build(Config, _to_table(overridden), "command line", prefix="")
-    return overridden
+    return _config(_to_table(overridden), "command line")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flags(Config):
+    """A config as the command line shows it: every key of `objective` is a flag."""
+
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)  # type: ignore[assignment]
+
+
+def _flags(config: Config) -> _Flags:
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return _Flags(**{**fields, "objective": objective_of(config)})
+
+
+def _config(table: Mapping[str, Any], origin: str) -> Config:
+    """A table as a config, its overrides of the method as they were given."""
+    config: Config = _build(Config, table, origin, prefix="")
+    given = _to_table(_objective(config.objective, origin))
+    return dataclasses.replace(config, objective={k: v for k, v in given.items() if v != {}})
+
+
+def _objective(table: Mapping[str, Any], origin: str) -> ObjectiveConfig:
+    overrides: ObjectiveConfig = _build(ObjectiveConfig, table, origin, prefix="objective.")
+    return overrides
 
 
 def _build(cls: type, table: Mapping[str, Any], origin: str, prefix: str) -> Any:

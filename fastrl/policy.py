@@ -30,6 +30,7 @@ from fastrl_kernels import LMHead
 
 END_OF_SEQUENCE = "<|endoftext|>"
 PADDING = "<|pad|>"
+SMALLEST_VOCABULARY = 258
 
 
 class Policy:
@@ -144,13 +145,13 @@ def load_policy(config: ModelConfig, directory: str | Path) -> Policy:
             f"the tokenizer in {directory} has token ids up to {highest} but the model embeds "
             f"{rows}; they do not belong together"
         )
-    return Policy(_placed(model, config), tokenizer, bf16=config.bf16)
+    return Policy(_placed(model, config), tokenizer, bf16=config.precision == "autocast")
 
 
 def new_policy(config: ModelConfig, texts: Sequence[str], *, seed: int) -> Policy:
     """A fresh policy of `config.architecture` whose tokenizer is learnt from `texts`."""
-    tokenizer = train_tokenizer(texts, vocab_size=config.tokenizer_vocab_size)
     fields = dict(config.architecture)
+    tokenizer = train_tokenizer(texts, vocab_size=_vocab_size(fields.pop("vocab_size", 320)))
     model_type = fields.pop("model_type", None)
     if not isinstance(model_type, str):
         raise InputError("model.architecture needs model_type, for example model_type = 'qwen3'")
@@ -175,7 +176,7 @@ def new_policy(config: ModelConfig, texts: Sequence[str], *, seed: int) -> Polic
             model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
     except Exception as error:  # shape mistakes surface as whatever the layer happens to raise
         raise InputError(f"cannot build model.architecture: {_one_line(error)}") from error
-    return Policy(_placed(model, config), tokenizer, bf16=config.bf16)
+    return Policy(_placed(model, config), tokenizer, bf16=config.precision == "autocast")
 
 
 def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -226,6 +227,16 @@ def _placed(model: Any, config: ModelConfig) -> Any:
         new_name = getattr(model, "activation_checkpointing_enable", None)
         (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model
+
+
+def _vocab_size(value: Any) -> int:
+    """What is asked of a fresh tokenizer, which knows every byte."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < SMALLEST_VOCABULARY:
+        raise InputError(
+            f"model.architecture.vocab_size must be a whole number, at least {SMALLEST_VOCABULARY} "
+            f"(every byte and two special tokens), got {value!r}"
+        )
+    return value
 
 
 def _one_line(error: Exception) -> str:

@@ -155,7 +155,7 @@ class Replay:
             raise InputError(
                 f"step {step + 1} was recorded in {len(rounds)} rounds of sampling, but this run "
                 "asks for another one; keep to the method and rewards of the recording, or set "
-                f"rollout.max_sampling_rounds = {len(rounds)}"
+                f"objective.max_sampling_rounds = {len(rounds)}"
             )
         saved = prompts_of(rounds[number].tensors)
         if len(saved) != len(prompts):

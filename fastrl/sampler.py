@@ -60,7 +60,7 @@ class Sampled(NamedTuple):
             f"dynamic sampling: the selection kept {found} of {sampled} sampled in "
             f"{self.num_rounds} rounds; the step "
             f"{'is skipped' if nothing else 'trains on those'}. More rounds "
-            "(rollout.max_sampling_rounds) or prompts of medium difficulty help; later steps are "
+            "(objective.max_sampling_rounds) or prompts of medium difficulty help; later steps are "
             "counted in dynamic_sampling/missing_prompts"
         )
 

@@ -61,6 +61,7 @@ class SamplingStage:
             repetition_penalty=config.rollout.repetition_penalty,
             stop_strings=config.rollout.stop_strings,
         )
+        self.max_sampling_rounds = method.max_sampling_rounds
         self.carried: InFlight | None = None
         """Groups that go on in the next step; only with rollout.max_tokens_per_step."""
         self.recorder: Recorder | None = None
@@ -109,7 +110,7 @@ class SamplingStage:
                 lambda num, number: self._sample_round(num, step, number, watch),
                 keeps or _keep_all,
                 num_prompts=self.config.prompts_per_step,
-                max_rounds=self.config.rollout.max_sampling_rounds if keeps is not None else 1,
+                max_rounds=self.max_sampling_rounds if keeps is not None else 1,
             )
         if self.recorder is not None:
             self.recorder.write(step, self.recorded)

@@ -174,7 +174,7 @@ class Trainer:
         inputs, advantages, kept = rows_to_train(self.method, inputs)
         weighted = weigh_tokens(
             self.method, rollouts, inputs, kept,
-            scores_from=self.config.objective.scores_from, is_exact=self.sampler.is_current,
+            scores_from=self.method.scores_from, is_exact=self.sampler.is_current,
         )  # fmt: skip
         passes = pack_rollouts(
             rollouts,
@@ -199,7 +199,7 @@ class Trainer:
         method, inputs, passes = packed
         result = Update(learning_rate, inputs)
         gap: StepMetrics = {}
-        for iteration in range(self.config.objective.num_iterations if passes else 0):
+        for iteration in range(self.config.num_iterations if passes else 0):
             measured = NOT_MEASURED
             if looks_past_tokens(method):
                 measured = measure(self.policy, passes, self.temperature)

@@ -28,7 +28,7 @@ class WarmStart:
         self.optimizer = make_adamw(
             self.policy.model,
             learning_rate=config.warm_start.learning_rate,
-            weight_decay=config.warm_start.weight_decay,
+            weight_decay=0.0,
         )
 
     def train_step(self, step: int) -> float:

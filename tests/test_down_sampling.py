@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrl.assembly import build_trainer
-from fastrl.config import ObjectiveConfig, WarmStartConfig
+from fastrl.config import WarmStartConfig
 from fastrl.down_sampling import check_scores, weigh_tokens, weighs_before_packing
 from fastrl.errors import InputError
 from fastrl.loss import NOT_MEASURED, backward, measure, token_statistics
@@ -284,11 +284,11 @@ def test_a_row_at_the_head_by_its_weights():
     assert row_flops(policy.model) == len(policy.tokenizer) * 32 / outside
 
 
-def trainer_of(directory, method: str, **fields):
-    objective = ObjectiveConfig(**fields)
+def trainer_of(directory, method: str, num_iterations: int = 1, **objective):
     config = tiny_config(
-        directory, method=method, objective=objective, warm_start=WarmStartConfig()
-    )
+        directory, method=method, num_iterations=num_iterations, objective=objective,
+        warm_start=WarmStartConfig(),
+    )  # fmt: skip
     return build_trainer(config)
 
 

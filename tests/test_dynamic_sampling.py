@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastrl.config import Config, DataConfig, EvalConfig, ObjectiveConfig, SaveConfig
+from fastrl.config import Config, DataConfig, EvalConfig, SaveConfig
 from fastrl.errors import InputError
 from fastrl.run import train
 from tests.test_training import numbers, tiny_config, weights
@@ -35,7 +35,7 @@ def easy_ones(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def config_of(directory: Path, reward: str, **changes) -> Config:
-    objective = ObjectiveConfig(parameters=SHORT)
+    objective = {"parameters": SHORT}
     given = {
         "method": "dapo", "rewards": (f"{__file__}:{reward}",), "objective": objective,
         "data": DataConfig(eval_size=2), "eval": EvalConfig(num_samples=1),
@@ -82,8 +82,7 @@ def test_prompts_are_replaced_and_a_killed_run_goes_on_with_the_same_ones(tmp_pa
 
 def test_a_step_that_cannot_be_filled_says_so_once_and_trains_on_the_rest(tmp_path, capsys):
     config = config_of(tmp_path / "run", "seldom", max_steps=6)
-    rollout = dataclasses.replace(config.rollout, max_sampling_rounds=1)
-    train(dataclasses.replace(config, rollout=rollout))
+    train(dataclasses.replace(config, objective={**config.objective, "max_sampling_rounds": 1}))
     rows = steps_of(tmp_path / "run")
     assert all(row["dynamic_sampling/sampled_prompts"] == 3 for row in rows)
     missing = [row["dynamic_sampling/missing_prompts"] for row in rows]
@@ -94,7 +93,7 @@ def test_a_step_that_cannot_be_filled_says_so_once_and_trains_on_the_rest(tmp_pa
 
 
 def test_a_step_that_keeps_nothing_changes_nothing(tmp_path, capsys):
-    objective = ObjectiveConfig(selection="nonzero_std", dynamic_sampling=True)
+    objective = {"selection": "nonzero_std", "dynamic_sampling": True}
     config = config_of(tmp_path / "run", "never", method="grpo", max_steps=2, objective=objective)
     train(config)
     for row in steps_of(tmp_path / "run"):
@@ -118,7 +117,7 @@ def test_solved_prompts_leave_and_a_killed_run_remembers_them(tmp_path):
     task = numbered_prompts(tmp_path / "data.jsonl", 10)
     config = config_of(
         tmp_path / "whole", "easy_ones", max_steps=8, method="grpo", task=task, task_args={},
-        objective=ObjectiveConfig(max_pass_rate=0.9),
+        objective={"max_pass_rate": 0.9},
         save=SaveConfig(save_steps=1, save_total_limit=99, completions_per_step=12),
         warm_start=dataclasses.replace(tiny_config("").warm_start, steps=0),
     )  # fmt: skip
@@ -144,7 +143,7 @@ def test_a_run_that_solved_every_prompt_stops_with_a_checkpoint(tmp_path):
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     config = config_of(
         tmp_path / "run", "easy_ones", method="grpo", task=f"jsonl:{tmp_path / 'data.jsonl'}",
-        task_args={}, objective=ObjectiveConfig(max_pass_rate=0.9), save=SaveConfig(),
+        task_args={}, objective={"max_pass_rate": 0.9}, save=SaveConfig(),
     )  # fmt: skip
     with pytest.raises(InputError, match="nothing left to learn"):
         train(config)
@@ -155,15 +154,17 @@ def test_a_run_that_solved_every_prompt_stops_with_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        (ObjectiveConfig(dynamic_sampling=True), "nonzero_std, pass_window, but selection is none"),
+        ({"dynamic_sampling": True}, "nonzero_std, pass_window, but selection is none"),
         (
-            ObjectiveConfig(dynamic_sampling=True, selection="best"),
+            {"dynamic_sampling": True, "selection": "best"},
             "nonzero_std, pass_window, but selection is best",
         ),
         (
-            ObjectiveConfig(
-                dynamic_sampling=True, selection="nonzero_std", reward_shaping="kl_penalised"
-            ),
+            {
+                "dynamic_sampling": True,
+                "selection": "nonzero_std",
+                "reward_shaping": "kl_penalised",
+            },
             "needs rewards that look at no tokens",
         ),
     ],

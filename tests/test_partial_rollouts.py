@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fastrl.assembly import build_trainer
 from fastrl.carried import InFlight, begun, in_flight_from, side_by_side, staleness_metrics
-from fastrl.config import Config, DataConfig, EvalConfig, ObjectiveConfig, SaveConfig
+from fastrl.config import Config, DataConfig, EvalConfig, SaveConfig
 from fastrl.errors import InputError
 from fastrl.metrics import Stopwatch
 from fastrl.report import read_metrics
@@ -33,7 +33,7 @@ STOPS = tuple("abcdefghijklmnopqrstuvwxyz0123456789")
 def config_of(directory: Path, **changes) -> Config:
     config = tiny_config(directory, max_steps=8)
     given = {
-        "objective": ObjectiveConfig(rollout_correction="truncated_tokens"),
+        "objective": {"rollout_correction": "truncated_tokens"},
         "data": DataConfig(eval_size=2), "eval": EvalConfig(num_samples=1),
         "rollout": dataclasses.replace(
             config.rollout, max_completion_length=C, max_tokens_per_step=LIMIT,
@@ -219,7 +219,7 @@ def test_a_reward_that_fails_leaves_the_checkpoint_of_the_step_before(tmp_path):
 
 
 def test_dppo_takes_its_ratios_to_the_policies_that_drew(tmp_path):
-    config = config_of(tmp_path / "run", method="dppo_tv", objective=ObjectiveConfig())
+    config = config_of(tmp_path / "run", method="dppo_tv", objective={})
     optim = dataclasses.replace(config.optim, learning_rate=1e-2)
     trainer = build_trainer(dataclasses.replace(config, optim=optim))
     rows = [trainer.train_step(step).metrics for step in range(12)]
@@ -231,7 +231,7 @@ def test_entropies_of_older_policies_pick_no_tokens(tmp_path):
     """Unless they are asked to: by default those of the policy do, at the cost of a forward."""
     rows = {}
     for scores_from in ("auto", "policy", "sampler"):
-        objective = ObjectiveConfig(token_weights="high_entropy", scores_from=scores_from)
+        objective = {"token_weights": "high_entropy", "scores_from": scores_from}
         config = config_of(tmp_path / "run", method="dppo_tv", objective=objective)
         optim = dataclasses.replace(config.optim, learning_rate=1e-2)
         trainer = build_trainer(dataclasses.replace(config, optim=optim))
@@ -303,11 +303,11 @@ def test_what_cannot_be_carried(tmp_path, changes, message):
     ("changes", "message"),
     [
         (
-            {"objective": ObjectiveConfig()},
+            {"objective": {}},
             "'grpo' does not correct; set objective.rollout_correction .* ratio_to_sampler",
         ),
         (
-            {"method": "dapo", "objective": ObjectiveConfig(parameters={"cache": 2.0})},
+            {"method": "dapo", "objective": {"parameters": {"cache": 2.0}}},
             "dynamic_sampling exclude each other",
         ),
     ],

@@ -14,7 +14,7 @@ from fastrl.policy import load_policy, new_policy, resolve_device, train_tokeniz
 from fastrl_kernels import linear_logps
 from tests.helpers import TEXTS, TINY, random_ids, tiny_policy
 
-CONFIG = ModelConfig(architecture={"model_type": "qwen3", **TINY}, tokenizer_vocab_size=300)
+CONFIG = ModelConfig(architecture={"model_type": "qwen3", "vocab_size": 300, **TINY})
 
 
 @pytest.fixture
@@ -105,7 +105,11 @@ def test_tokenizer_reads_numbers_digit_by_digit_and_any_text_back():
         ({}, "needs model_type"),
         ({"model_type": "qwen33"}, "unknown model.architecture.model_type 'qwen33'"),
         ({"model_type": "qwen3", "hiden_size": 8}, "did you mean 'hidden_size'?"),
-        ({"model_type": "qwen3", "vocab_size": 8}, "vocab_size cannot be set"),
+        (
+            {"model_type": "qwen3", "vocab_size": 8},
+            "vocab_size must be a whole number, at least 258",
+        ),
+        ({"model_type": "qwen3", "eos_token_id": 8}, "eos_token_id cannot be set"),
         ({"model_type": "qwen3", **TINY, "hidden_size": -1}, "cannot build model.architecture"),
     ],
 )

@@ -15,7 +15,7 @@ from fastrl.cli import main
 from fastrl.config import (
     DataConfig,
     EvalConfig,
-    ObjectiveConfig,
+    ModelConfig,
     RolloutConfig,
     SaveConfig,
     WarmStartConfig,
@@ -73,7 +73,7 @@ def sampled(monkeypatch):
         lambda directory: small(directory, method="dppo_tv"),
         lambda directory: dynamic_config(directory, "seldom", max_steps=3),
         lambda directory: partial_config(directory, max_steps=6),
-        lambda directory: small(directory, objective=ObjectiveConfig(max_pass_rate=0.4)),
+        lambda directory: small(directory, objective={"max_pass_rate": 0.4}),
     ],
     ids=["plain", "truncated", "ratio_to_sampler", "dynamic", "partial", "solved"],
 )
@@ -120,7 +120,7 @@ def test_prompts_that_were_passed_over_do_not_shift_those_that_were_asked(tmp_pa
     config = small(
         tmp_path / "run", max_steps=8, task=task, task_args={},
         rewards=(f"{Path(__file__).parent / 'test_dynamic_sampling.py'}:easy_ones",),
-        objective=ObjectiveConfig(max_pass_rate=0.9), warm_start=WarmStartConfig(),
+        objective={"max_pass_rate": 0.9}, warm_start=WarmStartConfig(),
     )  # fmt: skip
     train(config, save_rollouts=tmp_path / "saved")
     asked = [index for step in range(8) for index in indices_of(tmp_path / "saved", step)]
@@ -180,7 +180,8 @@ def recording(tmp_path_factory):
         ({"rewards": ("task",)}, "with rewards = "),
         ({"max_steps": 5}, "has no rollouts of step 4, and max_steps is 5"),
         (
-            {"model": dataclasses.replace(small("").model, tokenizer_vocab_size=280)},
+            {"model": ModelConfig(
+                architecture={**small("").model.architecture, "vocab_size": 280})},
             "with another tokenizer or vocabulary",
         ),
         (
@@ -205,7 +206,7 @@ def test_another_method_may_train_on_the_same_rollouts(tmp_path, recording):
 
 def test_another_round_than_was_recorded_is_an_error(tmp_path, recording):
     never = {"selection.lowest": 0.98, "selection.highest": 0.99}
-    objective = ObjectiveConfig(selection="pass_window", dynamic_sampling=True, parameters=never)
+    objective = {"selection": "pass_window", "dynamic_sampling": True, "parameters": never}
     config = small(tmp_path / "run", objective=objective)
     with pytest.raises(InputError, match="was recorded in 1 rounds of sampling"):
         train(config, replay_rollouts=recording)

@@ -311,8 +311,7 @@ class ShiftedEngine(NativeEngine):
 @pytest.mark.parametrize("method", ["grpo", "gspo", "tis", "dppo_tv", "dpo"])
 def test_the_gap_is_a_metric_of_every_step(tmp_path, method, num_iterations):
     """Also where ratios are to the sampler, which hide it; no update of the step is in it."""
-    objective = ObjectiveConfig(num_iterations=num_iterations)
-    config = tiny_config(tmp_path / "run", method=method, objective=objective)
+    config = tiny_config(tmp_path / "run", method=method, num_iterations=num_iterations)
     trainer = build_trainer(config)
     if "ref_logps" in requirements(trainer.method):
         trainer.reference = trainer.policy.frozen_copy()

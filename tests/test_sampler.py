@@ -100,7 +100,7 @@ def test_a_step_that_cannot_be_filled_trains_on_what_there_is():
     assert_same(found.trained, scored([2]))
     assert found.num_missing == 2
     assert "kept 1 prompts instead of 3 of 6 sampled in 2 rounds" in found.shortage
-    assert "rollout.max_sampling_rounds" in found.shortage
+    assert "objective.max_sampling_rounds" in found.shortage
 
 
 def test_a_step_without_any_prompt_keeps_everything_for_the_logs():

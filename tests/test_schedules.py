@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastrl.config import Config, ObjectiveConfig
-from fastrl.config_io import load_config, override_config, save_config
+from fastrl.config_io import load_config, objective_of, override_config, save_config
 from fastrl.errors import InputError
 from fastrl.methods import METHODS, resolve_method, use
 from fastrl.methods.inputs import apply, scheduled
@@ -117,7 +117,7 @@ def test_schedules_in_a_config_and_on_the_command_line(tmp_path):
         'method = "d3s"\n[objective.parameters]\nfraction = "cosine 0.1 0.9 0 0.5"\nnum_kept = 4\n'
     )
     config = load_config(path)
-    method = resolve_method(config.method, config.objective)
+    method = resolve_method(config.method, objective_of(config))
     assert method.token_weights == use(
         "advantage_entropy", fraction=Schedule("cosine", 0.1, 0.9, 0.0, 0.5)
     )
@@ -126,6 +126,6 @@ def test_schedules_in_a_config_and_on_the_command_line(tmp_path):
     assert load_config(tmp_path / "again.toml") == config
     flags = ["--objective.parameters", "fraction", "linear 0.5 1", "num_kept", "3"]
     config = override_config(Config(method="d3s"), flags, "fastrl train")
-    method = resolve_method(config.method, config.objective)
+    method = resolve_method(config.method, objective_of(config))
     assert method.token_weights.parameters["fraction"] == Schedule("linear", 0.5, 1.0)
     assert method.selection.parameters["num_kept"] == 3

@@ -15,7 +15,6 @@ from fastrl.config import (
     DataConfig,
     EvalConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimConfig,
     RolloutConfig,
     SaveConfig,
@@ -113,8 +112,8 @@ def test_evaluate_reads_a_run_and_repeats_its_last_evaluation(tmp_path):
 @pytest.mark.parametrize("checkpoint_step", [2, 4])
 def test_resume_is_exact(tmp_path, checkpoint_step):
     """A run that went on from a checkpoint ends like one that never stopped."""
-    objective = ObjectiveConfig(beta=0.05, num_iterations=2)
-    whole = tiny_config(tmp_path / "whole", max_steps=6, objective=objective)
+    objective = {"beta": 0.05}
+    whole = tiny_config(tmp_path / "whole", max_steps=6, num_iterations=2, objective=objective)
     train(whole)
     save = SaveConfig(save_steps=checkpoint_step)
     parted = dataclasses.replace(whole, output_dir=str(tmp_path / "parted"), save=save)
@@ -132,7 +131,7 @@ def test_resume_is_exact(tmp_path, checkpoint_step):
 def test_a_penalty_cannot_be_added_to_a_run_that_kept_no_reference(tmp_path):
     config = tiny_config(tmp_path / "run", save=SaveConfig(save_steps=2))
     train(config)
-    changed = dataclasses.replace(config, objective=ObjectiveConfig(beta=0.1), max_steps=5)
+    changed = dataclasses.replace(config, objective={"beta": 0.1}, max_steps=5)
     with pytest.raises(InputError, match="may change max_steps"):
         train(changed, resume=True)
 
@@ -147,7 +146,7 @@ def test_old_checkpoints_are_removed(tmp_path):
 def test_penalty_pulls_towards_the_reference(tmp_path):
     divergence = []
     for beta in (1e-6, 100.0):
-        objective = ObjectiveConfig(beta=beta, regulariser="k2")
+        objective = {"beta": beta, "regulariser": "k2"}
         run = tmp_path / f"beta-{beta}"
         train(tiny_config(run, max_steps=12, objective=objective))
         assert (run / "reference" / "model.safetensors").is_file()
@@ -329,7 +328,7 @@ def test_no_forward_pass_is_spent_on_old_logps(tmp_path, method, num_iterations,
     """How often the layers see a pass: once an iteration, and once more only for a correction."""
     config = tiny_config(
         tmp_path / "run", method=method, max_tokens_per_pass=60 if several else 4096,
-        objective=ObjectiveConfig(num_iterations=num_iterations),
+        num_iterations=num_iterations,
     )  # fmt: skip
     trainer = build_trainer(config)
     seen = []

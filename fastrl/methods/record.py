@@ -81,6 +81,10 @@ class Method:
     `fastrl.token_weights.LEAVES_DENOMINATOR`."""
     dynamic_sampling: bool = False
     """Prompts of which the selection keeps nothing are replaced by others before the update."""
+    max_sampling_rounds: int = 10
+    """With dynamic sampling: how often prompts are sampled at most before a step is trained."""
+    scores_from: Literal["auto", "sampler", "policy"] = "auto"
+    """Whose entropies pick tokens, see `fastrl.down_sampling`."""
     max_pass_rate: float | None = None
     """A prompt that passed so often, of all its completions so far, is never asked again."""
     settings: str = ""

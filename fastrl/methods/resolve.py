@@ -25,7 +25,7 @@ OF_TOKENS = ("advantage", "token_weights", "surrogate", "rollout_correction")
 OPTIONAL = ("reward_shaping", "selection", "token_weights", "rollout_correction")
 FIELDS = (
     "entropy_coef", "mask_truncated_completions", "advantage_after_selection", "denominator",
-    "dynamic_sampling", "max_pass_rate",
+    "dynamic_sampling", "max_sampling_rounds", "max_pass_rate", "scores_from",
 )  # fmt: skip
 """What a method has beside its choices and is overridden as it stands."""
 NOTHING = "none"
