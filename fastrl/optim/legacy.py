@@ -1,4 +1,4 @@
-"""The optimizer and its schedule."""
+"""What the trainer still calls."""
 
 from __future__ import annotations
 

@@ -1,0 +1,33 @@
+"""AdamW in few bytes, and the way from backward passes to new weights."""
+
+from fastrl.optim.gradients import clip_factor, gradient_norm
+from fastrl.optim.lean import LeanAdamW
+from fastrl.optim.legacy import (
+    clip_gradient,
+    make_adamw,
+    scheduled_learning_rate,
+    set_learning_rate,
+)
+from fastrl.optim.make import check_optimizer, make_optimizer
+from fastrl.optim.rates import parameter_groups, scale_learning_rate
+from fastrl.optim.stepper import InBackward, StepOutcome, Stepper
+from fastrl.optim.weights import join, split
+
+__all__ = [
+    "InBackward",
+    "LeanAdamW",
+    "StepOutcome",
+    "Stepper",
+    "check_optimizer",
+    "clip_factor",
+    "clip_gradient",
+    "gradient_norm",
+    "join",
+    "make_adamw",
+    "make_optimizer",
+    "parameter_groups",
+    "scale_learning_rate",
+    "scheduled_learning_rate",
+    "set_learning_rate",
+    "split",
+]
