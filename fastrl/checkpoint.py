@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -25,8 +24,8 @@ from torch import Tensor
 
 from fastrl.errors import InputError
 from fastrl.policy import Policy
+from fastrl.whole_directory import problem_of, remove_partial, renamed_when_whole
 
-PARTIAL = ".partial-"
 _NAME = re.compile(r"(warm-start|checkpoint)-(\d+)")
 
 
@@ -41,6 +40,15 @@ class TrainerState:
     pass_at_1_before: float | None = None
     controllers: dict[str, dict[str, float]] = field(default_factory=dict)
     prompts: dict[str, Any] = field(default_factory=dict)  # of the stream; empty before any step
+    best_step: int | None = None  # that with the best held-out pass@1 so far, the first of equals
+    best_pass_at_1: float | None = None
+    num_worse: int = 0  # evaluations since then
+
+    def judged(self, step: int, pass_at_1: float) -> TrainerState:
+        """The state after a held-out evaluation of the weights of `step`."""
+        if self.best_pass_at_1 is None or pass_at_1 > self.best_pass_at_1:
+            return dataclasses.replace(self, best_step=step, best_pass_at_1=pass_at_1, num_worse=0)
+        return dataclasses.replace(self, num_worse=self.num_worse + 1)
 
     @property
     def directory_name(self) -> str:
@@ -59,7 +67,7 @@ def save_checkpoint(
     carried: of partial rollouts, see `fastrl.carried.InFlight.state`.
     """
     target = run_directory / state.directory_name
-    if target.exists():
+    if target.exists() and problem_of(target) is None:
         return target  # a state is a function of the run and the step: what is there is the same
     with renamed_when_whole(target) as partial:
         policy.save(partial)
@@ -77,19 +85,37 @@ def save_policy(directory: Path, policy: Policy) -> None:
         policy.save(partial)
 
 
-def newest_checkpoint(run_directory: Path) -> Path | None:
-    """The checkpoint to continue from, or None if the run has none yet."""
+class Newest(NamedTuple):
+    """Where a run can go on from."""
+
+    checkpoint: Path | None  # None where the run has none yet
+    notes: list[str]  # of what had to be passed over
+
+
+def newest_checkpoint(run_directory: Path) -> Newest:
+    """The newest checkpoint that is whole; InputError where there are some but none is."""
+    notes: list[str] = []
     found = _all_checkpoints(run_directory)
-    return found[-1] if found else None
+    for path in reversed(found):
+        problem = problem_of(path)
+        if problem is None:
+            return Newest(path, notes)
+        notes.append(f"{path.name} is damaged and was passed over: {problem}")
+    if found:
+        raise InputError(
+            f"no checkpoint in {run_directory} is whole ({'; '.join(notes)}); start the run again "
+            "with --overwrite"
+        )
+    return Newest(None, [])
 
 
-def remove_old_checkpoints(run_directory: Path, *, keep: int) -> None:
-    """Delete all but the `keep` newest, and whatever never became whole."""
+def remove_old_checkpoints(run_directory: Path, *, keep: int, best: int | None = None) -> None:
+    """Delete all but the `keep` newest and that of step `best`, and whatever never became whole."""
     checkpoints = _all_checkpoints(run_directory)
     for path in checkpoints[: max(0, len(checkpoints) - keep)]:
-        shutil.rmtree(path)
-    for path in run_directory.glob(f"{PARTIAL}*"):  # what a killed process left half-written
-        shutil.rmtree(path)
+        if best is None or path.name != f"checkpoint-{best}":
+            shutil.rmtree(path)
+    remove_partial(run_directory)
 
 
 def load_state(checkpoint: Path) -> TrainerState:
@@ -127,31 +153,6 @@ def _all_checkpoints(run_directory: Path) -> list[Path]:
     matches = [
         (match[1] == "checkpoint", int(match[2]), path)
         for path in run_directory.iterdir()
-        if (match := _NAME.fullmatch(path.name)) and (path / "trainer_state.json").is_file()
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
     ]
     return [path for _, _, path in sorted(matches)]
-
-
-class renamed_when_whole:
-    """A directory to fill: it appears under its name on success and vanishes on failure."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self.partial = target.with_name(f"{PARTIAL}{target.name}")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-        return self.partial
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            return
-        for path in self.partial.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        if self.target.exists():
-            shutil.rmtree(self.target)
-        self.partial.rename(self.target)

@@ -20,7 +20,8 @@ Reinforcement learning of language models on memory-constrained hardware.
 
 commands:
   train CONFIG.toml [--FIELD VALUE ...] [--overwrite]   train as a config file says
-  train --resume RUN [--FIELD VALUE ...]                continue from the newest checkpoint
+  train --resume RUN [--FIELD VALUE ...]                continue from the newest whole checkpoint
+  train --resume RUN --allow-change FIELD ...           with another value of a field
   train ... --save-rollouts DIR                         keep all that every step samples
   train ... --replay-rollouts DIR                       train on that instead of sampling
   eval RUN_OR_CONFIG [--FIELD VALUE ...] [--json PATH]  pass@k on the held-out prompts
@@ -68,6 +69,11 @@ def _train(words: list[str]) -> int:
     resume = _take_value(words, "--resume")
     save = _take_path(words, "--save-rollouts")
     replay = _take_path(words, "--replay-rollouts")
+    allowed = []
+    while (name := _take_value(words, "--allow-change")) is not None:
+        allowed.append(name)
+    if allowed and resume is None:
+        raise InputError("--allow-change is for a run that is resumed; give --resume RUN")
     if resume is not None:
         if overwrite or any(word.startswith("--output-dir") for word in words):
             raise InputError(
@@ -83,8 +89,8 @@ def _train(words: list[str]) -> int:
 
     try:
         summary = train(
-            config, overwrite=overwrite, resume=resume is not None, save_rollouts=save,
-            replay_rollouts=replay,
+            config, overwrite=overwrite, resume=resume is not None, allow_change=allowed,
+            save_rollouts=save, replay_rollouts=replay,
         )  # fmt: skip
     except Interrupted as stop:
         print(f"fastrl: {stop}", file=sys.stderr)
@@ -103,7 +109,7 @@ def _eval(words: list[str]) -> int:
         return 0
     config, run_directory = _run_or_config(words, "fastrl eval RUN_OR_CONFIG")
     _prepare_libraries()
-    from fastrl.run import evaluate
+    from fastrl.held_out import evaluate
 
     evaluation = evaluate(config, run_directory)
     _print_table(

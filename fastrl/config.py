@@ -62,8 +62,8 @@ class ModelConfig:
     device: str = "auto"
     """Where to train: auto, cpu, cuda or cuda:N."""
     precision: Literal["float32", "autocast", "split", "stochastic"] = "float32"
-    """float32; autocast: bfloat16 layers over float32 weights; split: bfloat16 weights, exact float32
-    masters in 2 more bytes; stochastic: bfloat16 weights that are rounded by chance."""
+    """float32; autocast: bfloat16 layers over float32 weights; split: bfloat16 weights with exact
+    float32 masters in 2 more bytes; stochastic: bfloat16 weights that are rounded by chance."""
     lora: dict[str, Any] = field(default_factory=dict)
     """Fields of peft.LoraConfig, such as r, to train an adapter; none: all weights."""
     load_in_4bit: bool = False

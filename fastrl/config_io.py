@@ -157,6 +157,21 @@ def _to_table(value: Any) -> Any:
     return value
 
 
+def as_paths(config: Config) -> dict[str, Any]:
+    """Every option that is set, by its dotted name; those inside of free tables as well."""
+    found: dict[str, Any] = {}
+
+    def walk(table: Mapping[str, Any], prefix: str) -> None:
+        for key, value in table.items():
+            if isinstance(value, Mapping):
+                walk(value, f"{prefix}{key}.")
+            else:
+                found[f"{prefix}{key}"] = value
+
+    walk(_to_table(config), "")
+    return found
+
+
 def _field_paths(value: Any, prefix: str = "") -> list[str]:
     names = []
     for field in dataclasses.fields(value):

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
+from pathlib import Path
 
+from fastrl.assembly import build_trainer
+from fastrl.checkpoint import newest_checkpoint
+from fastrl.config import Config
+from fastrl.errors import InputError
 from fastrl.evaluate import Evaluation, evaluate_policy
 from fastrl.seeding import make_generator
 from fastrl.trainer import Trainer
@@ -27,3 +33,16 @@ def evaluate_held_out(trainer: Trainer, prompts: Prompts) -> Evaluation:
         make_generator(trainer.policy.device, trainer.config.seed, "eval"),
         pass_threshold=settings.pass_threshold,
     )
+
+
+def evaluate(config: Config, run_directory: Path | None) -> Evaluation:
+    """Held-out evaluation of a finished or running run, or of the model a config names."""
+    directory = None
+    if run_directory is not None:
+        final = run_directory / "final"
+        directory = final if final.is_dir() else newest_checkpoint(run_directory).checkpoint
+        if directory is None:
+            raise InputError(f"{run_directory} has neither final nor a checkpoint to evaluate")
+    trainer = build_trainer(config, directory)
+    with closing(trainer.sampler.scorer):
+        return evaluate_held_out(trainer, trainer.encode(trainer.task.eval_examples()))

@@ -20,13 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastrl.checkpoint import renamed_when_whole
 from fastrl.config import Config
 from fastrl.errors import InputError
 from fastrl.rollout_tensors import from_tensors, prompts_of, to_tensors
 from fastrl.sampler import Scored
 from fastrl.tasks.prompt import prompt_start
 from fastrl.types import Prompts, Rewards, Rollouts
+from fastrl.whole_directory import renamed_when_whole
 
 MANIFEST = "recording.json"
 FORMAT = 1

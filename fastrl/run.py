@@ -16,7 +16,6 @@ from fastrl.checkpoint import (
     TrainerState,
     load_carried,
     load_optimizer,
-    newest_checkpoint,
     remove_old_checkpoints,
     save_checkpoint,
     save_policy,
@@ -38,6 +37,7 @@ from fastrl.run_directory import (
     check_resumable,
     clear,
     discard_results,
+    only_writer,
     refuse_own_input,
     starting_point,
 )
@@ -52,10 +52,12 @@ class Interrupted(Exception):
 
 def train(
     config: Config, *, overwrite: bool = False, resume: bool = False,
+    allow_change: Sequence[str] = (),
     save_rollouts: Path | None = None, replay_rollouts: Path | None = None,
 ) -> Mapping[str, Any]:  # fmt: skip
     """Train as `config` says and return the summary; all that can be checked is checked first.
 
+    allow_change: fields, or tables of them, that may differ from those of the run to resume.
     save_rollouts: a directory for what every step samples; replay_rollouts: train on what is in
     one instead of sampling. Raises InputError for what the user can mend and Interrupted after a
     clean stop on Ctrl-C.
@@ -63,14 +65,15 @@ def train(
     if save_rollouts is not None and replay_rollouts is not None:
         raise InputError("--save-rollouts and --replay-rollouts exclude each other; give one")
     run_directory = Path(config.output_dir)
-    checkpoint = starting_point(run_directory, overwrite=overwrite, resume=resume)
+    checkpoint, notes = starting_point(run_directory, overwrite=overwrite, resume=resume)
     if resume:
-        check_resumable(load_config(run_directory / "config.toml"), config)
+        check_resumable(load_config(run_directory / "config.toml"), config, allow_change)
     if overwrite:
         refuse_own_input(run_directory, config)
     trainer = build_trainer(config, checkpoint)
     with closing(trainer.sampler.scorer):
         run = _prepare(config, run_directory, checkpoint, trainer)
+        run.notes += notes
         check_disk(run_directory, trainer.policy, config.save)
         tokenizer = trainer.policy.tokenizer
         if replay_rollouts is not None:
@@ -82,11 +85,12 @@ def train(
             trainer.sampler.recorder = Recorder(
                 save_rollouts, config, tokenizer, overwrite=overwrite, resume=resume
             )
-        if overwrite:
-            clear(run_directory)
         run_directory.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_directory / "config.toml")
-        return run.execute()
+        with only_writer(run_directory):
+            if overwrite:
+                clear(run_directory)
+            save_config(config, run_directory / "config.toml")
+            return run.execute()
 
 
 class Run:
@@ -148,13 +152,11 @@ class Run:
             self.progress.warm_start(step + 1, loss)
             if self.stop.requested:
                 self._interrupt(phase.optimizer)
-        with self._kept(phase.optimizer):
-            before = evaluate_held_out(self.trainer, self.eval_prompts)
+        before = self._evaluate(phase.optimizer)
         self.state = dataclasses.replace(self.state, pass_at_1_before=before.pass_at[1])
         if self.config.warm_start.steps:  # an engine may have kept a copy of earlier weights
             with self._kept(phase.optimizer):
                 self._say(self.check_engine(0))
-        self._show(0, before)
         self.checkpoint = None
         if self.config.save.save_steps:
             self._save(self.trainer.optimizer)
@@ -172,37 +174,57 @@ class Run:
         config, trainer = self.config, self.trainer
         if self.checkpoint is not None:
             load_optimizer(self.checkpoint, trainer.optimizer)
-        every = config.rollout.check_steps
-        for step in range(self.state.step, config.max_steps):
-            started = time.perf_counter()
-            with self._kept(trainer.optimizer):
-                if every and step and step % every == 0:
-                    self._say(self.check_engine(step))
-                output = trainer.train_step(step)
-            carried = trainer.sampler.carried
-            self.carried = None if carried is None else carried.state()
-            self._advance(
-                time.perf_counter() - started,
-                step=step + 1,
-                num_tokens=self.state.num_tokens + _num_tokens(output),
-                controllers=trainer.adaptation.state_dict(),
-                prompts=trainer.sampler.stream.state_dict(),
-            )
-            self._note(step + 1, output.sampled.shortage)
-            output.metrics["num_tokens"] = float(self.state.num_tokens)
-            self.log.step(step + 1, output)
-            self.progress.step(step + 1, output.metrics)
-            is_last = step + 1 == config.max_steps
-            if config.eval.eval_steps and (step + 1) % config.eval.eval_steps == 0 and not is_last:
-                with self._kept(trainer.optimizer):
-                    self._show(step + 1, evaluate_held_out(self.trainer, self.eval_prompts))
-            if config.save.save_steps and (step + 1) % config.save.save_steps == 0:
+        evaluation = None
+        while self.state.step < config.max_steps and not self._is_stuck:
+            self._step(self.state.step)
+            step, evaluation = self.state.step, None
+            if config.eval.eval_steps and step % config.eval.eval_steps == 0:
+                evaluation = self._evaluate(trainer.optimizer)
+            is_best = self.state.best_step == step and bool(config.save.save_steps)
+            if is_best or (config.save.save_steps and step % config.save.save_steps == 0):
                 self._save(trainer.optimizer)
-            if self.stop.requested and not is_last:
+            if self.stop.requested and step < config.max_steps:
                 self._interrupt(trainer.optimizer)
         self._save(trainer.optimizer)
-        evaluation = evaluate_held_out(self.trainer, self.eval_prompts)
-        self._show(config.max_steps, evaluation)
+        if self._is_stuck:
+            self._say([f"no better pass@1 in {self.state.num_worse} evaluations: stopped early"])
+        return evaluation or self._evaluate(trainer.optimizer)
+
+    @property
+    def _is_stuck(self) -> bool:
+        """Whether the held-out pass@1 has not risen for as long as the run is to wait."""
+        patience = self.config.eval.patience
+        return bool(patience) and self.state.num_worse >= patience
+
+    def _step(self, step: int) -> None:
+        """Training step `step`, from 0, with all that is logged of it."""
+        trainer, every = self.trainer, self.config.rollout.check_steps
+        started = time.perf_counter()
+        with self._kept(trainer.optimizer):
+            if every and step and step % every == 0:
+                self._say(self.check_engine(step))
+            output = trainer.train_step(step)
+        carried = trainer.sampler.carried
+        self.carried = None if carried is None else carried.state()
+        self._advance(
+            time.perf_counter() - started,
+            step=step + 1,
+            num_tokens=self.state.num_tokens + output.num_tokens,
+            controllers=trainer.adaptation.state_dict(),
+            prompts=trainer.sampler.stream.state_dict(),
+        )
+        self._note(step + 1, output.sampled.shortage)
+        output.metrics["num_tokens"] = float(self.state.num_tokens)
+        self.log.step(step + 1, output)
+        self.progress.step(step + 1, output.metrics)
+
+    def _evaluate(self, optimizer: torch.optim.Optimizer) -> Evaluation:
+        """Held-out evaluation of the weights as they are now."""
+        with self._kept(optimizer):
+            evaluation = evaluate_held_out(self.trainer, self.eval_prompts)
+        self.state = self.state.judged(self.state.step, evaluation.pass_at[1])
+        self.log.evaluation(self.state.step, evaluation)
+        self.progress.evaluation(self.state.step, evaluation.metrics)
         return evaluation
 
     @contextmanager
@@ -220,10 +242,6 @@ class Run:
         for note in notes:
             self.progress.note(note)
 
-    def _show(self, step: int, evaluation: Evaluation) -> None:
-        self.log.evaluation(step, evaluation)
-        self.progress.evaluation(step, evaluation.metrics)
-
     def _note(self, step: int, message: str | None) -> None:
         """Say once what may befall many steps; the metrics count it."""
         if message is not None and not self.noted:
@@ -238,7 +256,9 @@ class Run:
         path = save_checkpoint(
             self.directory, self.trainer.policy, optimizer, self.state, self.carried
         )
-        remove_old_checkpoints(self.directory, keep=self.config.save.save_total_limit)
+        # The weights that training starts from are not worth keeping as the best: they come again.
+        best, keep = self.state.best_step or None, self.config.save.save_total_limit
+        remove_old_checkpoints(self.directory, keep=keep, best=best)
         return path
 
     def _interrupt(self, optimizer: torch.optim.Optimizer) -> None:
@@ -252,6 +272,8 @@ class Run:
         return {
             "pass_at_1_before": self.state.pass_at_1_before,
             "pass_at_1_after": evaluation.pass_at[1],
+            "best_step": self.state.best_step,
+            "best_pass_at_1": self.state.best_pass_at_1,
             "pass_at_k_after": {str(k): value for k, value in evaluation.pass_at.items()},
             "train_seconds": seconds,
             "steps": self.state.step,
@@ -263,30 +285,8 @@ class Run:
         }
 
 
-def evaluate(config: Config, run_directory: Path | None) -> Evaluation:
-    """Held-out evaluation of a finished or running run, or of the model a config names."""
-    directory = None
-    if run_directory is not None:
-        final = run_directory / "final"
-        directory = final if final.is_dir() else newest_checkpoint(run_directory)
-        if directory is None:
-            raise InputError(f"{run_directory} has neither final nor a checkpoint to evaluate")
-    trainer = build_trainer(config, directory)
-    with closing(trainer.sampler.scorer):
-        return evaluate_held_out(trainer, trainer.encode(trainer.task.eval_examples()))
-
-
 def _prepare(config: Config, directory: Path, checkpoint: Path | None, trainer: Trainer) -> Run:
     if checkpoint is None:
         return Run(config, directory, trainer, TrainerState(), None)
     state = restore(trainer, directory, checkpoint)
     return Run(config, directory, trainer, state, checkpoint)
-
-
-def _num_tokens(output: StepOutput) -> int:
-    """Of completions that have ended, with their prompts."""
-    if output.sampled.is_empty:
-        return 0
-    rollouts = output.sampled.everything.rollouts
-    prompts = sum(len(ids) for ids in rollouts.prompts.token_ids)
-    return prompts * rollouts.num_generations + int(rollouts.lengths.sum())

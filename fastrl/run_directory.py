@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from fastrl.checkpoint import newest_checkpoint, remove_old_checkpoints
+from fastrl.checkpoint import Newest, newest_checkpoint, remove_old_checkpoints
 from fastrl.config import Config, SaveConfig
-from fastrl.config_io import RUN_MARK
-from fastrl.errors import InputError
+from fastrl.config_io import RUN_MARK, as_paths
+from fastrl.errors import InputError, nearest
 from fastrl.policy import Policy
 
 RUN_FILES = ("config.toml", "metrics.jsonl", "completions.jsonl", "curve.png", "summary.json")
+LOCK = ".lock"
 RUN_FOLDERS = ("tensorboard", "reference", "final")
 
 
-def starting_point(directory: Path, *, overwrite: bool, resume: bool) -> Path | None:
-    """The checkpoint to continue from; refuses to write over anything that was not asked for."""
+def starting_point(directory: Path, *, overwrite: bool, resume: bool) -> Newest:
+    """What to continue from; refuses to write over anything that was not asked for."""
     holds_run = is_run(directory)
     if resume:
         if not holds_run:
@@ -35,7 +38,7 @@ def starting_point(directory: Path, *, overwrite: bool, resume: bool) -> Path | 
         and (not directory.is_dir() or any(directory.iterdir()))
     ):
         raise InputError(f"{directory} exists and is not a FastRL run; choose another --output-dir")
-    return None
+    return Newest(None, [])
 
 
 def is_run(directory: Path) -> bool:
@@ -52,22 +55,54 @@ def refuse_own_input(directory: Path, config: Config) -> None:
             raise InputError(f"--overwrite would delete {name}, which this run reads; move it")
 
 
-def check_resumable(saved: Config, wanted: Config) -> None:
-    """Only what leaves past steps and the comparison with the start as they were may change."""
-    allowed = dataclasses.replace(
-        saved,
-        output_dir=wanted.output_dir,
-        max_steps=wanted.max_steps,
-        max_tokens_per_pass=wanted.max_tokens_per_pass,
-        save=wanted.save,
-        model=dataclasses.replace(saved.model, device=wanted.model.device),
-        eval=dataclasses.replace(saved.eval, eval_steps=wanted.eval.eval_steps),
-    )
-    if wanted != allowed:
+FREE = (
+    "output_dir", "max_steps", "max_tokens_per_pass", "reward_workers", "reward_timeout",
+    "model.device", "eval.eval_steps", "eval.patience", "save.",
+)  # fmt: skip
+"""What leaves past steps and the comparison with the start as they were."""
+
+
+def check_resumable(saved: Config, wanted: Config, allowed: Sequence[str] = ()) -> None:
+    """Raise InputError where a resumed run would change what is not free and not in `allowed`.
+
+    allowed: names of fields, or of tables for all of theirs.
+    """
+    before, now = as_paths(saved), as_paths(wanted)
+    for name in allowed:
+        if not any(_belongs(path, name) for path in (*before, *now, *as_paths(Config()))):
+            raise InputError(f"--allow-change {name}: {nearest(name, sorted(now))}")
+    changed = [
+        path
+        for path in sorted({*before, *now})
+        if before.get(path) != now.get(path)
+        and not any(_belongs(path, name) for name in (*FREE, *allowed))
+    ]
+    if changed:
+        shown = ", ".join(f"{x} ({before.get(x)!r} -> {now.get(x)!r})" for x in changed)
         raise InputError(
-            "a resumed run may change max_steps, max_tokens_per_pass, model.device, "
-            "eval.eval_steps and save.* only; start a new run for anything else"
+            f"the resumed run has another {shown}; a run may change {', '.join(FREE)}* as it "
+            f"likes; for others add --allow-change {' --allow-change '.join(changed)}, or start a "
+            "new run"
         )
+
+
+def _belongs(path: str, name: str) -> bool:
+    """Whether a field is `name`, or in a table of that name."""
+    return path == name or path.startswith(f"{name.removesuffix('.')}.")
+
+
+@contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Keep a second process from writing the same run; the lock ends with this process."""
+    with (directory / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"another process is writing to {directory}; wait for it or choose another "
+                "--output-dir"
+            ) from error
+        yield
 
 
 def discard_results(directory: Path) -> None:
@@ -95,6 +130,7 @@ def check_disk(directory: Path, policy: Policy, save: SaveConfig) -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"cannot write to {directory}: {existing} is not a writable directory")
+    # The optimizer may keep less than two float32 moments; then less is written than is asked for.
     weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     checkpoints = save.save_total_limit + 1 if save.save_steps else 1  # one more while writing
     needed = (3 * checkpoints + 2) * weights + 2**24  # a checkpoint holds weights and two moments

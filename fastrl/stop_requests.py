@@ -1,4 +1,4 @@
-"""Ctrl-C as a request to stop after the current step."""
+"""Ctrl-C and SIGTERM as requests to stop after the current step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
@@ -17,7 +19,10 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """The first Ctrl-C asks for a stop after the current step; the second one aborts at once."""
+    """The first Ctrl-C asks for a stop after the current step; the second one aborts at once.
+
+    SIGTERM, by which a machine is taken away or a job ends, is the same request.
+    """
     stop = StopRequest()
 
     def on_interrupt(number: int, frame: Any) -> None:
@@ -28,8 +33,9 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
         return
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+    previous = {number: signal.signal(number, on_interrupt) for number in SIGNALS}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

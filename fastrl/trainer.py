@@ -66,6 +66,15 @@ class StepOutput:
     metrics: StepMetrics
     sampled: Sampled
 
+    @property
+    def num_tokens(self) -> int:
+        """Of completions that have ended, each with its prompt."""
+        if self.sampled.is_empty:
+            return 0
+        rollouts = self.sampled.everything.rollouts
+        prompts = sum(len(ids) for ids in rollouts.prompts.token_ids)
+        return prompts * rollouts.num_generations + int(rollouts.lengths.sum())
+
 
 class Packed(NamedTuple):
     """A step as passes, and what its method has yet to find out from their tokens."""
