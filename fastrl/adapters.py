@@ -198,16 +198,29 @@ def is_untouched(model: Any, name: str = NAME) -> bool:
 
 @contextmanager
 def adapter_in_use(model: Any, name: str) -> Iterator[None]:
-    """Within the block the model runs with another of its adapters.
-
-    Unlike peft's own switch this leaves alone which parameters want a gradient.
-    """
-    wants_gradient = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    """Within the block the model runs with another of its adapters."""
     before = model.active_adapters
-    model.base_model.set_adapter(name)
+    with _gradients_left_alone(model):
+        model.base_model.set_adapter(name)
+        try:
+            yield
+        finally:
+            model.base_model.set_adapter(before)
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """Within the block the model is its base: what it was before it had adapters."""
+    with _gradients_left_alone(model), model.disable_adapter():
+        yield
+
+
+@contextmanager
+def _gradients_left_alone(model: nn.Module) -> Iterator[None]:
+    """peft's switches also say which parameters want a gradient; not so here."""
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         yield
     finally:
-        model.base_model.set_adapter(before)
-        for parameter, wanted in wants_gradient.items():
-            parameter.requires_grad_(wanted)
+        for parameter, wants in wanted.items():
+            parameter.requires_grad_(wants)

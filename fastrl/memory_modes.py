@@ -22,8 +22,6 @@ def check_memory_modes(config: ModelConfig, device: torch.device) -> None:
                 "model.lora, for example lora = {r = 16}"
             )
         check_bitsandbytes("model.load_in_4bit")
-    if config.reference == "4bit":
-        check_bitsandbytes("model.reference = '4bit'")
     if config.lora and config.reference not in ("auto", "copy"):
         raise InputError(
             f"model.reference = {config.reference!r} would store the weights again, but with "

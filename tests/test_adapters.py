@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -20,7 +21,8 @@ from fastrl_kernels import linear_logps
 from tests.helpers import TEXTS, TINY, random_ids, tiny_policy
 
 pytest.importorskip("peft")
-WIDE = {"model_type": "qwen3", "vocab_size": 300, **TINY, "hidden_size": 64, "head_dim": 16}
+WIDE = {"model_type": "qwen3", "vocab_size": 300, **TINY, "hidden_size": 64,
+        "intermediate_size": 128, "head_dim": 16}  # fmt: skip
 EVERYTHING = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head", "down_proj"],
               "modules_to_save": ["up_proj"]}  # fmt: skip
 
@@ -215,6 +217,13 @@ def test_merged_weights_of_4_bits_are_those_that_were_trained_with(tmp_path):
     torch.testing.assert_close(logps_of(whole), logps_of(policy), rtol=0, atol=5e-6)
 
 
+def test_widths_that_bitsandbytes_misreads_on_a_cpu_are_refused():
+    pytest.importorskip("bitsandbytes")
+    config = config_of(architecture={**WIDE, "intermediate_size": 96}, load_in_4bit=True)
+    with pytest.raises(InputError, match="multiple of 64, but down_proj has 96"):
+        new_policy(dataclasses.replace(config, device="cpu"), TEXTS, seed=0)
+
+
 def test_a_second_adapter_on_the_same_weights(tmp_path):
     """As a critic has: its gradient is its own, and the policy is as before."""
     policy = trained(new_policy(config_of(), TEXTS, seed=0))
@@ -285,6 +294,5 @@ def test_bad_combinations(tmp_path, monkeypatch):
     )
     refused(r"needs peft; pip install 'fastrl-llm\[peft\]'", lora={"r": 2})
     refused(r"fastrl-llm\[liger-kernel\]", use_liger_kernel=True)
-    refused(r"fastrl-llm\[bitsandbytes\]", reference="4bit")
     missing.remove("peft")
     refused(r"fastrl-llm\[bitsandbytes\]", lora={"r": 2}, load_in_4bit=True)

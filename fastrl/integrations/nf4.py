@@ -12,6 +12,9 @@ from torch import nn
 
 from fastrl.errors import InputError
 
+BLOCK = 64
+"""Consecutive values that share a factor."""
+
 
 def check_bitsandbytes(what: str) -> None:
     """Refuse what needs bitsandbytes where it is not installed."""
@@ -35,10 +38,20 @@ def quantise_linears(
         if type(child) is nn.Linear and child is not head and name not in skipped
     ]
     for parent, name, child in found:
+        _check_width(name, child, device)
         setattr(parent, name, _quantised(child, device, compute_dtype))
     if not found:
         raise InputError(f"{type(model).__name__} has no linear layers to keep in 4 bits")
     model.is_loaded_in_4bit = True  # peft asks for this before it adapts a layer of 4 bits
+
+
+def _check_width(name: str, linear: nn.Linear, device: torch.device) -> None:
+    """On a CPU bitsandbytes (0.50) takes the factors of other blocks where rows end within one."""
+    if device.type == "cpu" and linear.in_features % BLOCK:
+        raise InputError(
+            f"bitsandbytes misreads 4-bit weights on a CPU unless a layer's inputs are a multiple "
+            f"of {BLOCK}, but {name} has {linear.in_features}; train on a GPU or in another size"
+        )
 
 
 def _quantised(linear: nn.Linear, device: torch.device, compute_dtype: torch.dtype) -> nn.Module:

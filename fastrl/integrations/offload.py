@@ -107,6 +107,10 @@ class _Checkpoint:
     def __init__(self, inner: Callable[..., Any], transfers: Transfers, *, is_first: bool) -> None:
         self.inner, self.transfers, self.is_first = inner, transfers, is_first
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Checkpoint:
+        """A copy of the model is a reference, which runs without gradient and keeps nothing."""
+        return self
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with saved_tensors_hooks(self._pack, self._unpack):
             return self.inner(*args, **kwargs)
