@@ -294,9 +294,9 @@ def ready_of(
 ) -> Prepared:
     """The passes with the tokens that are trained."""
     return prepare(
-        weighted.method, inputs, passes, measured.statistics, is_first=True,
+        weighted.method, inputs, passes, measured.statistics,
         trim=measured.hidden_states is None,
-    )[1]  # fmt: skip
+    )  # fmt: skip
 
 
 def mask_of(inputs: StepInputs, kept: Tensor, owners: Tensor, entropies: Tensor) -> Tensor:

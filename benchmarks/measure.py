@@ -105,19 +105,29 @@ def peak_on_cuda(step: Step, release: Step) -> int:
 
 def peak_on_cpu(step: Step, release: Step) -> int:
     """Growth of the resident set in bytes; call it in a fresh process (see above)."""
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+    count_big_blocks()
     step()
     release()
-    gc.collect()
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _high_water_mark()
+    before = reset_high_water_mark()
     step()
-    return _high_water_mark() - before
+    return high_water_mark() - before
 
 
-def _high_water_mark() -> int:
+def count_big_blocks() -> None:
+    """Let blocks of a mebibyte and more bypass the heap from here on."""
+    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**20)
+
+
+def reset_high_water_mark() -> int:
+    """Set the mark back to what is resident, in bytes, after all that is unused was given back."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return high_water_mark()
+
+
+def high_water_mark() -> int:
+    """Most bytes that were resident since the mark was set back."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
