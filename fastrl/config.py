@@ -253,9 +253,9 @@ class Config:
     """One training run."""
 
     task: str = ""
-    """What to learn: reasoning_gym:NAME (see `fastrl tasks`) or jsonl:PATH."""
+    """What to learn: reasoning_gym:NAME (see `fastrl tasks`), jsonl:PATH or mixture."""
     task_args: dict[str, Any] = field(default_factory=dict)
-    """Parameters of the task's generator."""
+    """Parameters of the task's generator; of a mixture, its `tasks` with their weights."""
     rewards: tuple[str, ...] = ("task",)
     """What scores a completion: task, math, exact, MODULE:FUNCTION or FILE.py:FUNCTION."""
     reward_weights: tuple[float, ...] | None = None

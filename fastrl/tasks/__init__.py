@@ -8,9 +8,12 @@ from typing import Any, NamedTuple, Protocol
 from fastrl.errors import InputError, nearest
 from fastrl.example import Example
 from fastrl.tasks.jsonl import JsonlTask
+from fastrl.tasks.mixture import MixtureTask, shares_of
 from fastrl.tasks.procedural import ProceduralTask, parameter_defaults
 
 KINDS = ["reasoning_gym", "jsonl"]
+MIXTURE = "mixture"
+PART_KEYS = ("task", "weight", "task_args", "eval_path", "answer_tag", "system_prompt")
 
 
 class Task(Protocol):
@@ -49,16 +52,24 @@ def load_task(
     answer_tag: str | None = None,
     system_prompt: str | None = None,
 ) -> Task:
-    """The task named by "reasoning_gym:NAME" or "jsonl:PATH".
+    """The task named by "reasoning_gym:NAME" or "jsonl:PATH", or a "mixture" of several.
 
-    args: parameters of a reasoning_gym task. seed: >= 0, chooses the examples and their order.
-    eval_size: held-out examples, 0 for none. eval_path: held-out file of a jsonl task, used whole.
-    answer_tag: the verifier sees only the text inside the last <tag>...</tag>.
+    args: parameters of a reasoning_gym task; of a mixture, `tasks`: a list of tables with `task`,
+    and `weight` (1 unless given), task_args, eval_path, answer_tag and system_prompt of its own.
+    seed: >= 0, chooses the examples and their order. eval_size: held-out examples, 0 for none.
+    eval_path: held-out file of a jsonl task, used whole. answer_tag: the verifier sees only the
+    text inside the last <tag>...</tag>.
     """
+    if spec == MIXTURE:
+        return _mixture(
+            args, seed=seed, eval_size=eval_size, eval_path=eval_path, answer_tag=answer_tag,
+            system_prompt=system_prompt,
+        )  # fmt: skip
     kind, separator, name = spec.partition(":")
     if not separator or not name:
         raise InputError(
-            f"expected a task like 'reasoning_gym:chain_sum' or 'jsonl:PATH', got {spec!r}"
+            f"expected a task like 'reasoning_gym:chain_sum' or 'jsonl:PATH', or 'mixture', "
+            f"got {spec!r}"
         )
     if kind not in KINDS:
         raise InputError(f"unknown kind of task {kind!r} in {spec!r}; {nearest(kind, KINDS)}")
@@ -95,7 +106,48 @@ def list_tasks() -> list[TaskSummary]:
         )
         for name in sorted(DATASETS)
     ]
-    return [*summaries, TaskSummary("jsonl:PATH", "one object a line: prompt or messages, answer")]
+    return [
+        *summaries,
+        TaskSummary("jsonl:PATH", "one object a line: prompt or messages, answer"),
+        TaskSummary("mixture", "tasks=[{task, weight, task_args, ...}, ...]"),
+    ]
+
+
+def _mixture(
+    args: Mapping[str, Any], *, seed: int, eval_size: int, eval_path: str | None,
+    answer_tag: str | None, system_prompt: str | None,
+) -> MixtureTask:  # fmt: skip
+    """The tasks of a mixture; held-out examples are shared out like training prompts."""
+    entries = args.get("tasks")
+    if set(args) != {"tasks"} or not isinstance(entries, list | tuple):
+        raise InputError(
+            "a mixture takes one argument, the list tasks (in TOML: [[task_args.tasks]]), got "
+            f"{', '.join(sorted(args)) or 'none'}"
+        )
+    if eval_path is not None:
+        raise InputError(
+            "eval_path belongs to a task of the mixture; set it in [[task_args.tasks]]"
+        )
+    for entry in entries:
+        if not isinstance(entry, Mapping) or "task" not in entry:
+            raise InputError(
+                f"a task of a mixture must be a table with the key task, got {entry!r}"
+            )
+        for key in entry:
+            if key not in PART_KEYS:
+                raise InputError(f"unknown key {key!r} in a mixture; {nearest(key, [*PART_KEYS])}")
+        if entry["task"] == MIXTURE:
+            raise InputError("a mixture cannot be a task of a mixture; list its tasks instead")
+    weights = [float(entry.get("weight", 1.0)) for entry in entries]
+    parts = [
+        load_task(
+            entry["task"], entry.get("task_args", {}), seed=seed, eval_size=size,
+            eval_path=entry.get("eval_path"), answer_tag=entry.get("answer_tag", answer_tag),
+            system_prompt=entry.get("system_prompt", system_prompt),
+        )
+        for entry, size in zip(entries, shares_of(eval_size, weights), strict=True)
+    ]  # fmt: skip
+    return MixtureTask(parts, weights)
 
 
 def _refuse_for_jsonl(args: Mapping[str, Any], answer_tag: str | None) -> None:

@@ -15,7 +15,9 @@ NAMES = sorted(set(DATASETS) - {"composite"})  # composite has no default: it ne
 
 def test_the_list_has_every_dataset_with_its_parameters():
     summaries = {summary.name: summary.parameters for summary in list_tasks()}
-    assert set(summaries) == {f"reasoning_gym:{name}" for name in DATASETS} | {"jsonl:PATH"}
+    assert set(summaries) == {f"reasoning_gym:{name}" for name in DATASETS} | {
+        "jsonl:PATH", "mixture",
+    }  # fmt: skip
     assert "min_terms=2, max_terms=6" in summaries["reasoning_gym:chain_sum"]
     assert all("seed=" not in text and "\n" not in text for text in summaries.values())
 
