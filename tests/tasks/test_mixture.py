@@ -87,7 +87,7 @@ def test_prompts_that_another_task_holds_out_are_replaced(tmp_path):
         ({"tasks": [SUMS]}, "two or more tasks, got 1"),
         ({"tasks": [SUMS, {**SUMS, "weight": 0}]}, "weight of reasoning_gym:chain_sum must be"),
         ({"tasks": [SUMS, {**SUMS, "wait": 2}]}, "unknown key 'wait'.*'weight'"),
-        ({"tasks": [SUMS, {"weight": 2}]}, "is of tables with the key task"),
+        ({"tasks": [SUMS, {"weight": 2}]}, "must be a table with the key task"),
         ({"tasks": [SUMS, {"task": "mixture"}]}, "cannot be a task of a mixture"),
         ({"tasks": [SUMS, {"task": "reasoning_gym:chain_sums"}]}, "did you mean"),
     ],
