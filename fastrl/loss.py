@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrl.critic import Critic, ValueRecord, pass_value_loss
+from fastrl.errors import NotFiniteError
+from fastrl.methods.record import Choice
 from fastrl.packing import PackedPass, Plan
 from fastrl.phases import Prepared, TokenStatistics
 from fastrl.policy import Policy
@@ -29,22 +32,30 @@ class Measured(NamedTuple):
 NOT_MEASURED = Measured([], None)
 
 
-def measure(policy: Policy, passes: Sequence[PackedPass], temperature: float) -> Measured:
+def measure(
+    policy: Policy, passes: Sequence[PackedPass], temperature: float, *,
+    critic: Critic | None = None, keeps_graph: bool = True,
+) -> Measured:  # fmt: skip
     """Statistics of every token. The layers of a single pass run with gradient, so that they need
     not run again for the loss; those of several would not fit into memory together.
+
+    keeps_graph: False where the layers have to run again for the loss in any case.
     """
-    if len(passes) > 1:
-        return Measured([token_statistics(policy, x.plan, temperature) for x in passes], None)
+    if len(passes) > 1 or not keeps_graph:
+        statistics = [token_statistics(policy, x.plan, temperature, critic=critic) for x in passes]
+        return Measured(statistics, None)
     plan = passes[0].plan
     hidden_states = policy.hidden_states(plan)
-    return Measured([token_statistics(policy, plan, temperature, hidden_states)], hidden_states)
+    statistics = [token_statistics(policy, plan, temperature, hidden_states, critic=critic)]
+    return Measured(statistics, hidden_states)
 
 
 @torch.no_grad()
 def token_statistics(
-    policy: Policy, plan: Plan, temperature: float, hidden_states: Tensor | None = None
-) -> TokenStatistics:
-    """What a policy thinks of the trained tokens, without gradient.
+    policy: Policy, plan: Plan, temperature: float, hidden_states: Tensor | None = None, *,
+    critic: Critic | None = None,
+) -> TokenStatistics:  # fmt: skip
+    """What a policy thinks of the trained tokens, and what a value model does, without gradient.
 
     hidden_states: (N, D) of the plan, where the layers have run already. Their squared norms are
     those of logit_scale / temperature times the states, in which the logits are linear.
@@ -55,30 +66,99 @@ def token_statistics(
     found = linear_logps(hidden_states[rows], head, plan.target_ids, temperature=temperature)
     norms = torch.linalg.vector_norm(hidden_states, dim=1, dtype=found.logps.dtype)  # (N,)
     scale = head.logit_scale / temperature
-    return TokenStatistics(found, (scale * norms[rows]).square())
+    values = None if critic is None else critic.values(plan, hidden_states)
+    return TokenStatistics(found, (scale * norms[rows]).square(), values)
+
+
+class PassLosses(NamedTuple):
+    """What one pass had for its backward pass."""
+
+    policy: PolicyLoss | None  # None where the value model is trained alone
+    values: ValueRecord | None
+
+
+class PassBackward:
+    """Gradients of the passes of one optimizer step, one of them in memory at a time."""
+
+    def __init__(
+        self, policy: Policy, ready: Prepared, temperature: float, hidden_states: Tensor | None, *,
+        critic: Critic | None = None, value_choice: Choice | None = None,
+        trains_policy: bool = True,
+    ) -> None:  # fmt: skip
+        """hidden_states: (N, D) of the only pass, with gradient, where the layers have run."""
+        self.policy = policy
+        self.ready = ready
+        self.temperature = temperature
+        self.hidden_states = hidden_states
+        self.critic = critic
+        self.value_choice = value_choice
+        self.trains_policy = trains_policy
+        self.losses: list[PassLosses] = []
+
+    def __call__(self, index: int) -> None:
+        """Add the gradient of pass number `index`, from 0; from 0 again to begin anew.
+
+        Raises NotFiniteError before any gradient of a loss that is not finite.
+        """
+        if index == 0:
+            self.losses.clear()
+        item, constants = self.ready.passes[index], self.ready.coefficients[index]
+        states = self._hidden_states(item.plan)
+        found, total = None, None
+        if self.trains_policy:
+            assert states is not None
+            found = policy_pass_loss(
+                states,
+                self.policy.lm_head,
+                item.batch,
+                objective=constants.objective,
+                temperature=self.temperature,
+                entropy_coef=constants.entropy_coef,
+            )
+            total = found.loss
+            found = found._replace(loss=total.detach())
+        record = None
+        if self.critic is not None and self.critic.shares_layers:
+            value_loss, record = self._value_loss(index, states)
+            total = value_loss if total is None else total + value_loss
+        if total is not None:
+            _backward(total)
+        if self.critic is not None and not self.critic.shares_layers:
+            value_loss, record = self._value_loss(index, None)
+            _backward(value_loss)
+        self.losses.append(PassLosses(found, record))
+
+    def _hidden_states(self, plan: Plan) -> Tensor | None:
+        if self.hidden_states is not None:
+            return self.hidden_states if self.trains_policy else self.hidden_states.detach()
+        if self.trains_policy:
+            return self.policy.hidden_states(plan)
+        if self.critic is None or not self.critic.shares_layers:
+            return None
+        with torch.no_grad():  # the policy stands still, and its layers are the policy
+            return self.policy.hidden_states(plan)
+
+    def _value_loss(self, index: int, states: Tensor | None) -> tuple[Tensor, ValueRecord]:
+        assert self.critic is not None
+        assert self.value_choice is not None
+        values = self.critic.values(self.ready.passes[index].plan, states)
+        return pass_value_loss(self.value_choice, values, self.ready.values[index])
 
 
 def backward(
     policy: Policy, ready: Prepared, temperature: float, hidden_states: Tensor | None
 ) -> list[PolicyLoss]:
-    """Accumulate the gradient of the whole step, one pass in memory at a time.
+    """Add the gradient of a whole optimizer step of the policy; the loss of each pass."""
+    run = PassBackward(policy, ready, temperature, hidden_states)
+    for index in range(len(ready.passes)):
+        run(index)
+    return [found.policy for found in run.losses if found.policy is not None]
 
-    hidden_states: (N, D) of the only pass, with gradient, where the layers have run already.
-    """
-    losses = []
-    for item, constants in zip(ready.passes, ready.coefficients, strict=True):
-        states = policy.hidden_states(item.plan) if hidden_states is None else hidden_states
-        loss = policy_pass_loss(
-            states,
-            policy.lm_head,
-            item.batch,
-            objective=constants.objective,
-            temperature=temperature,
-            entropy_coef=constants.entropy_coef,
-        )
-        loss.loss.backward()
-        losses.append(loss._replace(loss=loss.loss.detach()))
-    return losses
+
+def _backward(loss: Tensor) -> None:
+    if not bool(torch.isfinite(loss)):
+        raise NotFiniteError(f"the loss of a pass is {float(loss)}")
+    loss.backward()
 
 
 def policy_pass_loss(

@@ -16,7 +16,7 @@ from fastrl.errors import InputError
 from fastrl.methods.coefficients import Coefficients, coefficients, token_objective
 from fastrl.methods.estimates import estimated
 from fastrl.methods.inputs import StepInputs
-from fastrl.methods.needs import estimates_from_tokens
+from fastrl.methods.needs import estimates_from_tokens, looks_past_tokens
 from fastrl.methods.record import Method
 from fastrl.packing import PackedPass
 from fastrl.types import Rewards, Rollouts
@@ -30,10 +30,20 @@ class TokenStatistics(NamedTuple):
     head: LinearLogps
     squared_hidden_norms: Tensor  # of hidden states as the logits are linear in them
 
+    values: Tensor | None = None  # of a value model, where there is one
+
     @property
     def logps(self) -> Tensor:
         """Log-probabilities."""
         return self.head.logps
+
+
+class ValueTerms(NamedTuple):
+    """What the value loss of a pass needs of each of its tokens, (S,) each."""
+
+    old_values: Tensor
+    targets: Tensor
+    weights: Tensor  # share in the average over the optimizer step; 0 where nothing is learned
 
 
 class Prepared(NamedTuple):
@@ -43,6 +53,7 @@ class Prepared(NamedTuple):
     coefficients: list[Coefficients]  # of each pass
     loss: Tensor | None = None  # of the whole step, where that of the passes says nothing of it
     kept: Tensor | None = None  # bool: which of all measured tokens the passes have; None for all
+    values: tuple[ValueTerms, ...] = ()  # of each pass, where there is a value model
 
 
 def start_inputs(
@@ -103,6 +114,7 @@ def with_tokens(
         present = [value for value in values if value is not None]
         return torch.cat(present).double().cpu() if present else None
 
+    known = inputs.values is not None  # from before the first update
     batches = [item.batch for item in passes]
     logps = gather([item.logps for item in statistics])
     old_logps = gather([batch.old_logps for batch in batches])
@@ -117,29 +129,39 @@ def with_tokens(
         sum_p2=gather([item.head.sum_p2 for item in statistics]),
         sum_p3=gather([item.head.sum_p3 for item in statistics]),
         squared_hidden_norms=gather([item.squared_hidden_norms for item in statistics]),
+        values=inputs.values if known else gather([item.values for item in statistics]),
     )
+
+
+def estimates(
+    method: Method, inputs: StepInputs, passes: Sequence[PackedPass],
+    statistics: Sequence[TokenStatistics],
+) -> StepInputs:  # fmt: skip
+    """The step with rewards, advantages and selection that are computed from its tokens.
+
+    statistics: of the policy before the first update of the step, one for each pass.
+    """
+    return estimated(method, with_tokens(inputs, passes, statistics))
 
 
 def prepare(
     method: Method, inputs: StepInputs, passes: Sequence[PackedPass],
-    statistics: Sequence[TokenStatistics], *, is_first: bool, trim: bool,
-) -> tuple[StepInputs, Prepared]:  # fmt: skip
-    """What the loss needs of each token, and the passes with the tokens that have a weight.
+    statistics: Sequence[TokenStatistics], *, trim: bool,
+) -> Prepared:  # fmt: skip
+    """What the loss of one update needs of each token, and the passes with the tokens that have a
+    weight.
 
-    statistics: of the current policy, one for each pass, or none at all where the method looks at
-    single tokens. is_first: before the first optimizer step on these completions, when advantages
-    are made. trim: what only dropped tokens depend on is not encoded, as the layers have yet to
-    run.
+    inputs: after `estimates`, where the method has some. statistics: of the current policy, one for
+    each pass, or none where the loss does not look at them. trim: what only dropped tokens depend
+    on is not encoded, as the layers have yet to run.
     """
-    if not statistics:
-        return inputs, Prepared(list(passes), token_coefficients(method, passes))
+    if not looks_past_tokens(method):
+        return Prepared(list(passes), token_coefficients(method, passes))
     advantages = inputs.advantages
     inputs = with_tokens(inputs, passes, statistics)
-    if is_first and estimates_from_tokens(method):
-        inputs = estimated(method, inputs)
-    elif is_first and advantages is not None:
+    if advantages is not None and not estimates_from_tokens(method):
         inputs = dataclasses.replace(inputs, advantages=advantages[inputs.tokens])
-    return inputs, prepared(method, inputs, passes, trim=trim)
+    return prepared(method, inputs, passes, trim=trim)
 
 
 def prepared(
@@ -151,8 +173,11 @@ def prepared(
     a pass with no other tokens is left out.
     """
     found = coefficients(method, inputs)
+    values = value_terms(method, inputs)
     is_kept = found.token_weights != 0
-    filled, each, start = [], [], 0
+    if values is not None:
+        is_kept = is_kept | (values.weights != 0)
+    filled, each, of_values, start = [], [], [], 0
     for item in passes:
         rows = torch.arange(start, start + len(item.batch.target_ids))
         start += len(rows)
@@ -171,16 +196,35 @@ def prepared(
         )
         filled.append(PackedPass(item.plan, batch))
         each.append(part)
-    return Prepared(filled, each, found.loss, is_kept)
+        if values is not None:
+            of_values.append(ValueTerms(*(x[rows].to(item.batch.advantages) for x in values)))
+    return Prepared(filled, each, found.loss, is_kept, tuple(of_values))
+
+
+def value_terms(method: Method, inputs: StepInputs) -> ValueTerms | None:
+    """What the value loss needs of all tokens; None of a method without a value model.
+
+    Every token counts alike, whatever its weight in the loss of the policy.
+    """
+    if method.value_loss is None:
+        return None
+    assert inputs.values is not None
+    assert inputs.value_targets is not None
+    counts = (inputs.lengths > 0)[inputs.tokens]
+    if method.value_tokens == "finished":
+        counts = counts & inputs.finished[inputs.tokens]
+    weights = counts / counts.sum().clamp(min=1)
+    return ValueTerms(inputs.values, inputs.value_targets, weights.to(inputs.values))
 
 
 def trained_advantages(inputs: StepInputs, ready: Prepared) -> Tensor | None:
     """(S,) the advantage of each token of the passes; None where the loss compares completions."""
     if inputs.advantages is None or not ready.passes:
         return None
-    if ready.kept is not None:
-        return inputs.advantages[ready.kept]
-    return inputs.advantages[torch.cat([x.batch.completion_index for x in ready.passes]).cpu()]
+    index = torch.cat([x.batch.completion_index for x in ready.passes]).cpu()
+    if inputs.completion_index is None:
+        return inputs.advantages[index]
+    return inputs.advantages if ready.kept is None else inputs.advantages[ready.kept]
 
 
 def _rows_of(found: Coefficients, rows: Tensor, *, like: Tensor) -> Coefficients:

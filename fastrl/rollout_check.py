@@ -13,6 +13,7 @@ from fastrl.errors import InputError
 from fastrl.methods.needs import requirements
 from fastrl.methods.record import Method
 from fastrl.packing import PackedPass
+from fastrl.phases import TokenStatistics
 from fastrl.policy import Policy
 from fastrl.rollout import Engine, Sampling
 from fastrl.rollout_causes import (
@@ -103,14 +104,16 @@ def needs_rollout_logps(method: Method) -> bool:
     return method.ratio_to_sampler or "rollout_logps" in requirements(method)
 
 
-def sampler_gap(passes: Sequence[PackedPass], losses: Sequence[PolicyLoss]) -> StepMetrics:
+def sampler_gap(
+    passes: Sequence[PackedPass], looks: Sequence[PolicyLoss | TokenStatistics]
+) -> StepMetrics:
     """Sampler against policy before its first update, over the trained tokens.
 
     Of methods whose old policy is the sampler too, where their ratios would show nothing else.
     """
     gaps = [
         (out.logps.double() - item.batch.rollout_logps.double()).abs()
-        for item, out in zip(passes, losses, strict=True)
+        for item, out in zip(passes, looks, strict=True)
         if item.batch.rollout_logps is not None
     ]
     if not gaps:

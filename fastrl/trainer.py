@@ -9,20 +9,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrl.activations import head_row_cost
 from fastrl.config import Config
+from fastrl.critic import make_critic, value_metrics
 from fastrl.down_sampling import weigh_tokens
 from fastrl.encoding import encode_solution
-from fastrl.loss import NOT_MEASURED, backward, measure, token_statistics
+from fastrl.loss import token_statistics
 from fastrl.methods.adaptation import Adaptation
 from fastrl.methods.estimates import kept_prompts, rows_to_train
 from fastrl.methods.inputs import StepInputs, scheduled
-from fastrl.methods.needs import looks_past_tokens
 from fastrl.methods.record import Method
 from fastrl.metrics import (
     GIB,
@@ -35,27 +34,19 @@ from fastrl.metrics import (
     speed_metrics,
     token_metrics,
 )
-from fastrl.optim import clip_gradient, make_adamw, scheduled_learning_rate, set_learning_rate
+from fastrl.mini_batches import MiniBatch, cut, only
 from fastrl.packing import PackedPass, pack_rollouts
-from fastrl.phases import (
-    prepare,
-    start_inputs,
-    step_loss,
-    trained_advantages,
-    with_old_logps,
-    with_sampler_logps,
-)
+from fastrl.phases import start_inputs, with_sampler_logps
 from fastrl.policy import Policy
 from fastrl.rewards import Scorer
-from fastrl.rollout_check import sampler_gap
 from fastrl.sampler import Sampled, Scored
 from fastrl.sampling_stage import SamplingStage
-from fastrl.savings import Work, down_sampling_metrics, row_flops, work_of
+from fastrl.savings import down_sampling_metrics, row_flops
 from fastrl.seeding import make_generator
 from fastrl.selection import counted_lengths
 from fastrl.tasks import Task
 from fastrl.types import Example, Prompts, Rewards, Rollouts, StepMetrics
-from fastrl_kernels import PolicyLoss
+from fastrl.update import Packed, Update, Updater
 from fastrl_kernels.head import accumulation_dtype
 
 
@@ -74,29 +65,6 @@ class StepOutput:
         rollouts = self.sampled.everything.rollouts
         prompts = sum(len(ids) for ids in rollouts.prompts.token_ids)
         return prompts * rollouts.num_generations + int(rollouts.lengths.sum())
-
-
-class Packed(NamedTuple):
-    """A step as passes, and what its method has yet to find out from their tokens."""
-
-    method: Method
-    inputs: StepInputs
-    passes: list[PackedPass]
-
-
-class Update(NamedTuple):
-    """What the optimizer did with a step: its last iteration, pass by pass."""
-
-    learning_rate: float
-    inputs: StepInputs
-    grad_norm: float = 0.0
-    passes: tuple[PackedPass, ...] = ()
-    losses: tuple[PolicyLoss, ...] = ()
-    loss: float = 0.0
-    clipped: tuple[Tensor | None, ...] = ()
-    advantages: Tensor | None = None
-    measured: Work = Work()
-    sampler_gap: StepMetrics | None = None
 
 
 class Trainer:
@@ -120,12 +88,15 @@ class Trainer:
             is_checkpointed=config.model.gradient_checkpointing,
         )
         self.row_flops = row_flops(policy.model)
-        self.optimizer = make_adamw(
-            policy.model,
-            learning_rate=config.optim.learning_rate,
-            weight_decay=config.optim.weight_decay,
-            betas=(config.optim.adam_beta1, config.optim.adam_beta2),
-        )
+        self.critic = None
+        if method.value_loss is not None:
+            self.critic = make_critic(config, policy)
+        self.updater = Updater(config, policy, self.critic)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of the policy."""
+        return self.updater.learner.stepper.optimizer
 
     def train_step(self, step: int) -> StepOutput:
         """Step `step` (from 0): a function of weights, optimizer, seed, `step` and the stream."""
@@ -135,7 +106,9 @@ class Trainer:
             return StepOutput(self.skipped_metrics(step, sampled, watch), sampled)
         rollouts = sampled.trained.rollouts
         inputs = self.inputs(rollouts, sampled.trained.rewards, step)
-        update = self.update(self.pack(rollouts, inputs), step)
+        packed = self.pack(rollouts, inputs)
+        is_exact = self.sampler.is_current
+        update = self.updater.update(packed, step, sampler_is_exact=is_exact)
         watch.lap("train")
         metrics = self.metrics(step, sampled, update, watch)
         num_completions = len(rollouts.completion_ids)
@@ -178,76 +151,40 @@ class Trainer:
         """The rows that need work as packed passes, with the reference's log-probabilities if any.
 
         Where advantages come before tokens, they are in the passes, and rows whose gradient is
-        zero by construction are not; where tokens come first, every counted row is there.
+        zero by construction are not; where tokens come first, every counted row is there. A pass
+        belongs to one mini-batch.
         """
         inputs, advantages, kept = rows_to_train(self.method, inputs)
-        weighted = weigh_tokens(
-            self.method, rollouts, inputs, kept,
-            scores_from=self.method.scores_from, is_exact=self.sampler.is_current,
-        )  # fmt: skip
-        passes = pack_rollouts(
-            rollouts,
-            weighted.kept,
-            advantages,
-            weighted.weights,
-            max_tokens_per_pass=self.config.max_tokens_per_pass,
-            head_row_cost=self.head_row_cost,
-            device=self.policy.device,
-            dtype=accumulation_dtype(self.policy.lm_head.weight.dtype),
-        )
-        if self.method.ratio_to_sampler:
-            passes = with_sampler_logps(passes)
-        if self.reference is not None:
-            passes = [self._with_ref_logps(item) for item in passes]
-        return Packed(weighted.method, inputs, passes)
-
-    def update(self, packed: Packed, step: int) -> Update:
-        """`num_iterations` optimizer steps; none where there is no token to learn from."""
-        learning_rate = scheduled_learning_rate(self.config.optim, step, self.config.max_steps)
-        set_learning_rate(self.optimizer, learning_rate)
-        method, inputs, passes = packed
-        result = Update(learning_rate, inputs)
-        gap: StepMetrics = {}
-        for iteration in range(self.config.num_iterations if passes else 0):
-            measured = NOT_MEASURED
-            if looks_past_tokens(method):
-                measured = measure(self.policy, passes, self.temperature)
-            hidden = measured.hidden_states
-            inputs, ready = prepare(
-                method, inputs, passes, measured.statistics,
-                is_first=iteration == 0, trim=hidden is None,
+        method, parts = self.method, []
+        for rows in cut(inputs.groups, self.config.num_mini_batches):
+            own = only(inputs, rows)
+            weighted = weigh_tokens(
+                self.method, rollouts, own, kept & rows,
+                scores_from=self.method.scores_from, is_exact=self.sampler.is_current,
             )  # fmt: skip
-            losses = backward(self.policy, ready, self.temperature, hidden)
-            if iteration == 0:
-                gap = sampler_gap(ready.passes, losses)
-            trained = with_old_logps(ready.passes, [item.logps for item in losses])
-            result = Update(
-                learning_rate, inputs, self._optimizer_step() if trained else 0.0, tuple(trained),
-                tuple(losses), step_loss(ready, losses),
-                tuple(item.clipped for item in ready.coefficients),
-                trained_advantages(inputs, ready),
-                work_of(passes if measured.statistics else [], runs_layers=hidden is None),
-                gap,
-            )  # fmt: skip
-            # Tokens that were dropped have old log-probabilities too: the next iteration may pick
-            # them.
-            old_logps = [item.logps for item in measured.statistics]
-            passes = with_old_logps(passes, old_logps) if old_logps else trained
-        return result
+            passes = pack_rollouts(
+                rollouts,
+                weighted.kept,
+                advantages,
+                weighted.weights,
+                max_tokens_per_pass=self.config.max_tokens_per_pass,
+                head_row_cost=self.head_row_cost,
+                device=self.policy.device,
+                dtype=accumulation_dtype(self.policy.lm_head.weight.dtype),
+            )
+            if self.method.ratio_to_sampler:
+                passes = with_sampler_logps(passes)
+            if self.reference is not None:
+                passes = [self._with_ref_logps(item) for item in passes]
+            method = weighted.method
+            parts.append(MiniBatch(rows, own, passes))
+        return Packed(method, inputs, parts)
 
     def _with_ref_logps(self, item: PackedPass) -> PackedPass:
         """The pass with log-probabilities under the reference, through the same plan."""
         assert self.reference is not None
         logps = token_statistics(self.reference, item.plan, self.temperature).logps
         return PackedPass(item.plan, dataclasses.replace(item.batch, ref_logps=logps))
-
-    def _optimizer_step(self) -> float:
-        """Clip, step and clear the gradient; returns its norm before clipping."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = clip_gradient(parameters, self.config.optim.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def metrics(self, step: int, sampled: Sampled, update: Update, watch: Stopwatch) -> StepMetrics:
         """Everything that is logged about the step; rewards and lengths are of all completions."""
@@ -262,7 +199,12 @@ class Trainer:
             **scheduled(self.method, step / self.config.max_steps),
             **rollout_metrics(rollouts, rewards, pass_threshold=threshold),
             **token_metrics(
-                record_tokens(update.passes, update.losses, update.clipped, update.advantages)
+                record_tokens(
+                    update.passes if update.losses else (),
+                    update.losses,
+                    update.clipped,
+                    update.advantages,
+                )
             ),
             **advantage_metrics(update.inputs),
             **packing_metrics(update.passes),
@@ -270,6 +212,8 @@ class Trainer:
                 sampled.trained.rollouts, update.passes, update.measured, row_flops=self.row_flops
             ),
             **self.sampler.reward_metrics,
+            **value_metrics(update.values),
+            "skipped/non_finite": float(update.num_skipped),
             **(update.sampler_gap or {}),
             **speed_metrics(watch, rollouts, update.passes),
             **(sampled.carried or {}),
@@ -281,9 +225,7 @@ class Trainer:
         return {
             "loss": 0.0,
             "grad_norm": 0.0,
-            "learning_rate": scheduled_learning_rate(
-                self.config.optim, step, self.config.max_steps
-            ),
+            "learning_rate": self.updater.set_learning_rates(self.method, step),
             **self.sampler.stream.metrics,
             "step_time": watch.last - watch.started,
             **{f"time/{name}": seconds for name, seconds in watch.laps.items()},

@@ -108,9 +108,7 @@ def our_step(
     if looks_past_tokens(weighted.method):
         measured = measure(policy, passes, TEMPERATURE)
     hidden = measured.hidden_states
-    _, ready = prepare(
-        weighted.method, inputs, passes, measured.statistics, is_first=True, trim=hidden is None
-    )
+    ready = prepare(weighted.method, inputs, passes, measured.statistics, trim=hidden is None)
     losses = backward(policy, ready, TEMPERATURE, hidden)
     return step_loss(ready, losses), gradients(policy), ready.passes
 
@@ -314,10 +312,7 @@ def test_a_token_that_is_picked_later_has_its_own_old_logp(tmp_path):
     parameters = {"fraction": 0.5, "lowest": -1e9, "highest": 1e9}
     trainer = trainer_of(tmp_path, "clip_cov", num_iterations=3, parameters=parameters)
     for group in trainer.optimizer.param_groups:
-        group["lr"] = 0.0
-    trainer.config = dataclasses.replace(
-        trainer.config, optim=dataclasses.replace(trainer.config.optim, learning_rate=1e-9)
-    )
+        group["peak_lr"] = 1e-9
     metrics = trainer.train_step(0).metrics
     assert metrics["down_sampling/rows_skipped"] > 0
     assert abs(metrics["old_kl/k1"]) < 1e-4

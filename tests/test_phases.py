@@ -16,10 +16,10 @@ from fastrl.methods.coefficients import completion_weights
 from fastrl.methods.defaults import DEFAULTS
 from fastrl.methods.estimates import rows_to_train, token_advantages
 from fastrl.methods.inputs import StepInputs
-from fastrl.methods.needs import LEARN_WITHOUT_ADVANTAGE
+from fastrl.methods.needs import LEARN_WITHOUT_ADVANTAGE, estimates_from_tokens
 from fastrl.methods.record import Method, Penalty, use
 from fastrl.packing import PackedPass, pack_rollouts
-from fastrl.phases import prepare, start_inputs, step_loss
+from fastrl.phases import estimates, prepare, start_inputs, step_loss
 from fastrl.policy import Policy
 from fastrl.types import Rewards, Rollouts
 from fastrl_kernels import LMHead
@@ -104,7 +104,9 @@ def step(
     passes = [with_others(item) for item in passes]
     policy = Policy(model, tiny_policy().tokenizer)
     statistics = [token_statistics(policy, item.plan, TEMPERATURE) for item in passes]
-    _, ready = prepare(method, inputs, passes, statistics, is_first=True, trim=trim)
+    if estimates_from_tokens(method):
+        inputs = estimates(method, inputs, passes, statistics)
+    ready = prepare(method, inputs, passes, statistics, trim=trim)
     model.zero_grad()
     losses = []
     for item, constants in zip(ready.passes, ready.coefficients, strict=True):

@@ -18,6 +18,7 @@ from fastrl.rollout_correction import CORRECTIONS
 from fastrl.selection import RESAMPLINGS, SELECTIONS
 from fastrl.sequence_surrogates import SEQUENCE_SURROGATES
 from fastrl.token_weights import TOKEN_WEIGHTS
+from fastrl.value_losses import TRAINING, VALUE_LOSSES
 from fastrl_kernels.objectives import REGULARISERS, SURROGATES, Regulariser
 from fastrl_kernels.objectives.source import arguments_of
 
@@ -27,7 +28,9 @@ SURROGATE_INPUTS = ("logps", "old_logps", "advantages")
 
 AXES: dict[str, Mapping[str, Any]] = {
     "reward_shaping": ChainMap(REWARD_SHAPINGS, TOKEN_REWARD_SHAPINGS),
+    "token_reward_shaping": TOKEN_REWARD_SHAPINGS,
     "advantage": ADVANTAGES,
+    "value_loss": VALUE_LOSSES,
     "selection": ChainMap(RESAMPLINGS, SELECTIONS),
     "token_weights": TOKEN_WEIGHTS,
     "surrogate": ChainMap(SURROGATES, SEQUENCE_SURROGATES),
@@ -47,6 +50,8 @@ def inputs_of(axis: str, name: str) -> tuple[str, ...]:
     chosen = AXES[axis][name]
     if axis == "surrogate" and name in SURROGATES:
         return SURROGATE_INPUTS
+    if axis == "value_loss":
+        return ("values",)
     if axis == "regulariser":
         return tuple(f"{argument}s" for argument in Regulariser(chosen).inputs)
     if axis == "loss":
@@ -69,11 +74,14 @@ def hyper_parameters_of(axis: str, name: str) -> dict[str, Any]:
         return {key: known.get(key, inspect.Parameter.empty) for key in names}
     function = chosen.function if axis == "loss" else chosen
     kinds = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in kinds if p.kind is p.KEYWORD_ONLY}
+    found = {p.name: p.default for p in kinds if p.kind is p.KEYWORD_ONLY}
+    return {**found, **TRAINING} if axis == "value_loss" else found
 
 
 def is_whole(axis: str, name: str, key: str) -> bool:
     """Whether a hyper-parameter counts something."""
+    if axis == "value_loss":
+        return key.endswith("_steps")
     chosen = AXES[axis][name]
     function = chosen.function if axis == "loss" else chosen
     found = inspect.signature(function).parameters.get(key)

@@ -34,6 +34,7 @@ def check_method(method: Method) -> None:
             _check_choice("tokens", penalty.tokens)
     if method.pairing is not None:
         _check_pairing(method)
+    _check_values(method)
     _check_selection(method)
     if method.ratio_to_sampler and method.rollout_correction is not None:
         raise InputError(
@@ -176,6 +177,23 @@ def _check_selection(method: Method) -> None:
         raise InputError(
             "advantage_after_selection needs a selection by rewards, each completion once, and an "
             f"advantage that looks at no tokens, got {method.selection} and {method.advantage}"
+        )
+
+
+def _check_values(method: Method) -> None:
+    """Values come from a value model, which only some methods train."""
+    choices = method.choices
+    asks = [str(choice) for axis, choice in choices.items() if "values" in inputs_of(
+        axis, choice.name) and axis != "value_loss"]  # fmt: skip
+    if asks and "value_loss" not in choices:
+        raise InputError(
+            f"method {method.name!r}: advantage {asks[0]} needs values, which takes a critic, but "
+            "the method trains none; use method 'ppo' and override its other axes"
+        )
+    if "value_loss" in choices and not asks:
+        raise InputError(
+            f"method {method.name!r} trains a critic, but advantage {method.advantage} does not "
+            "look at its values; choose generalized_advantages, or a method without a critic"
         )
 
 

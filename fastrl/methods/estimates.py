@@ -10,14 +10,15 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fastrl.advantages import PER_TOKEN
+from fastrl.advantages import PER_TOKEN, value_targets
+from fastrl.methods.axes import hyper_parameters_of
 from fastrl.methods.inputs import StepInputs, apply
 from fastrl.methods.needs import (
     counts_every_completion,
     estimates_from_tokens,
     selects_before_tokens,
 )
-from fastrl.methods.record import Method
+from fastrl.methods.record import Method, training_parameter
 from fastrl.ragged import counts, number_of
 from fastrl.reward_shaping import TOKEN_REWARD_SHAPINGS
 from fastrl.selection import first_of_completion, with_gradient
@@ -50,7 +51,7 @@ def rows_to_train(method: Method, inputs: StepInputs) -> tuple[StepInputs, Tenso
 
 def estimated(method: Method, inputs: StepInputs) -> StepInputs:
     """The step with shaped rewards, advantages of every token, and what is left out at length 0."""
-    inputs = shaped(method, inputs)
+    inputs = with_value_targets(method, shaped(method, inputs))
     if selects_before_tokens(method):  # rows_to_train has left out the others
         if method.loss is not None:
             return inputs
@@ -64,15 +65,35 @@ def estimated(method: Method, inputs: StepInputs) -> StepInputs:
 
 def shaped(method: Method, inputs: StepInputs) -> StepInputs:
     """The step with the method's rewards, of completions and, once there are tokens, of these."""
-    choice = method.reward_shaping
-    if choice is None:
-        return _with_token_rewards(inputs)
-    if choice.name in TOKEN_REWARD_SHAPINGS:
-        inputs = _with_token_rewards(inputs)
+    choice, of_tokens = method.reward_shaping, method.token_reward_shaping
+    if choice is not None and choice.name not in TOKEN_REWARD_SHAPINGS:
+        inputs = dataclasses.replace(inputs, rewards=apply("reward_shaping", choice, inputs))
+    inputs = _with_token_rewards(inputs)
+    if choice is not None and choice.name in TOKEN_REWARD_SHAPINGS:
         rewards = apply("reward_shaping", choice, inputs)
-        return dataclasses.replace(inputs, token_rewards=rewards)
-    rewards = apply("reward_shaping", choice, inputs)
-    return _with_token_rewards(dataclasses.replace(inputs, rewards=rewards))
+        inputs = dataclasses.replace(inputs, token_rewards=rewards)
+    if of_tokens is not None and inputs.token_rewards is not None:
+        rewards = apply("token_reward_shaping", of_tokens, inputs)
+        inputs = dataclasses.replace(inputs, token_rewards=rewards)
+    return inputs
+
+
+def with_value_targets(method: Method, inputs: StepInputs) -> StepInputs:
+    """The step with what the value model should say of each token, discounted as advantages are."""
+    if method.value_loss is None:
+        return inputs
+    assert inputs.token_rewards is not None
+    assert inputs.values is not None
+    advantage = method.advantage
+    known = {**hyper_parameters_of("advantage", advantage.name), **advantage.parameters}
+    targets = value_targets(
+        inputs.token_rewards,
+        inputs.values,
+        inputs.tokens,
+        discount=known.get("discount", 1.0),
+        value_lambda=training_parameter(method.value_loss, "value_lambda"),
+    )
+    return dataclasses.replace(inputs, value_targets=targets)
 
 
 def selected(method: Method, inputs: StepInputs) -> StepInputs:

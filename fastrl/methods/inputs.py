@@ -42,6 +42,9 @@ class StepInputs:
     sum_p3: Tensor | None = None
     squared_hidden_norms: Tensor | None = None  # of hidden states as the logits are linear in them
     token_rewards: Tensor | None = None
+    values: Tensor | None = None  # of the value model, before the step's first update
+    value_targets: Tensor | None = None  # what the value model should say
+    reward_scale: Tensor | None = None  # () standard deviation of all rewards so far
     advantages: Tensor | None = None
     clipped: Tensor | None = None  # bool
 
@@ -65,11 +68,12 @@ STATISTICS = frozenset(
     }
 )
 """Inputs that only a forward pass of the policy over all tokens of the step gives."""
-PER_TOKEN = STATISTICS | {"ref_logps", "rollout_logps", "token_rewards"}
+PER_TOKEN = STATISTICS | {
+    "ref_logps", "rollout_logps", "token_rewards", "values", "value_targets",
+}  # fmt: skip
 """Inputs with one value for each token, before there are advantages."""
 KNOWN = frozenset(field.name for field in dataclasses.fields(StepInputs))
 WHERE_FROM = {
-    "values": "a critic",
     "clusters": "answers that are grouped by meaning",
     "baselines": "a running estimate of every prompt's success",
     "ref_rewards": "rewards of completions of the reference model",

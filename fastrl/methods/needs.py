@@ -7,6 +7,8 @@ from fastrl.methods.inputs import PER_TOKEN
 from fastrl.methods.record import Method
 from fastrl.sequence_surrogates import SEQUENCE_SURROGATES
 
+ESTIMATES = ("reward_shaping", "token_reward_shaping", "advantage", "selection", "value_loss")
+"""Axes of what is computed once a step, before its first update."""
 OF_TOKENS = PER_TOKEN | {"advantages"}
 """What a choice asks for that has one value for each token."""
 
@@ -25,11 +27,33 @@ def looks_past_tokens(method: Method) -> bool:
     return bool(asked & OF_TOKENS) or bool(rules) or method.computed is not None
 
 
+CURRENT = frozenset({"logps", "entropies", "sum_p2", "sum_p3", "clipped", "squared_hidden_norms"})
+"""Inputs that the policy gives anew after every update."""
+
+
+def needs_view(method: Method) -> bool:
+    """Whether the loss of any update takes a look at all of its tokens by the current policy.
+
+    Rewards, advantages and selections do not count: they were made before the first update of the
+    step, for which `looks_past_tokens` decides.
+    """
+    asked: set[str] = set()
+    for axis, choice in method.choices.items():
+        is_of_tokens = axis == "surrogate" and choice.name not in SEQUENCE_SURROGATES
+        if axis not in ESTIMATES and not is_of_tokens:
+            asked |= set(inputs_of(axis, choice.name))
+    for penalty in method.penalties:
+        if penalty.tokens is not None:
+            asked |= set(inputs_of("tokens", penalty.tokens.name))
+    return bool(asked & CURRENT)
+
+
 def estimates_from_tokens(method: Method) -> bool:
     """Whether rewards, advantages or the selection are computed from tokens."""
-    axes = ("reward_shaping", "advantage", "selection")
     chosen = method.choices
-    asked = {name for axis in axes if axis in chosen for name in inputs_of(axis, chosen[axis].name)}
+    asked = {
+        name for axis in ESTIMATES if axis in chosen for name in inputs_of(axis, chosen[axis].name)
+    }
     return bool(asked & OF_TOKENS)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fastrl.value_losses import TRAINING
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -32,6 +34,11 @@ def use(name: str, **parameters: Any) -> Choice:
     return Choice(name, parameters)
 
 
+def training_parameter(value_loss: Choice, name: str) -> float:
+    """One of what belongs to the training of a value model, see `fastrl.value_losses.TRAINING`."""
+    return float(value_loss.parameters.get(name, TRAINING[name]))
+
+
 @dataclass(frozen=True)
 class Penalty:
     """A regulariser with its weight, on every token or on those that a rule picks."""
@@ -53,6 +60,8 @@ class Method:
     source: str
     formula: str
     reward_shaping: Choice | None = None
+    token_reward_shaping: Choice | None = None
+    """What becomes of the rewards of single tokens after that; for both, or for one kind twice."""
     advantage: Choice = field(default_factory=lambda: use("group_relative"))
     selection: Choice | None = None
     token_weights: Choice | None = None
@@ -70,6 +79,11 @@ class Method:
     """A loss of pairs, lists or single completions; it stands in for the advantage, the token
     weights, the surrogate and its correction."""
     pairing: str | None = None
+    value_loss: Choice | None = None
+    """What the value model is trained on, with what belongs to its training, see
+    `fastrl.value_losses`; None of a method that has no value model."""
+    value_tokens: Literal["all", "finished"] = "all"
+    """The tokens that the value model learns from: all, or those of completions that ended."""
     entropy_coef: float = 0.0
     controllers: tuple[Choice, ...] = ()
     """What moves coefficients from step to step, see `fastrl.methods.adaptation`."""
@@ -97,10 +111,11 @@ class Method:
     @property
     def choices(self) -> dict[str, Choice]:
         """The choices that are in effect, by axis; penalties apart."""
-        axes = ["reward_shaping", "selection", "aggregation"]
+        axes = ["reward_shaping", "token_reward_shaping", "selection", "aggregation"]
         if self.loss is not None:
             axes += ["loss"]
         else:
             axes += ["advantage", "token_weights", "surrogate", "computed", "rollout_correction"]
+            axes += ["value_loss"]
         found = {axis: getattr(self, axis) for axis in axes}
         return {axis: choice for axis, choice in found.items() if choice is not None}

@@ -1,0 +1,261 @@
+"""The second half of a step: from packed completions to new weights.
+
+Legend: B completions, S trained tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl.config import Config
+from fastrl.critic import Critic, ValueRecord
+from fastrl.errors import NotFiniteError
+from fastrl.learner import Learner
+from fastrl.loss import NOT_MEASURED, Measured, PassBackward, measure
+from fastrl.methods.inputs import StepInputs
+from fastrl.methods.needs import estimates_from_tokens, looks_past_tokens, needs_view
+from fastrl.methods.record import Method, training_parameter
+from fastrl.mini_batches import MiniBatch, drawn_order, with_tokens_of
+from fastrl.packing import PackedPass
+from fastrl.phases import (
+    Prepared,
+    estimates,
+    prepare,
+    step_loss,
+    trained_advantages,
+    with_old_logps,
+    with_sampler_logps,
+)
+from fastrl.policy import Policy
+from fastrl.rollout_check import sampler_gap
+from fastrl.savings import Work, work_of
+from fastrl.seeding import make_generator
+from fastrl.types import StepMetrics
+from fastrl_kernels import PolicyLoss
+
+
+class Packed(NamedTuple):
+    """A step as passes, and what its method has yet to find out from their tokens."""
+
+    method: Method
+    inputs: StepInputs
+    parts: list[MiniBatch]
+
+
+class Done(NamedTuple):
+    """One optimizer step, or what would have been one: num_skipped is 1 if it was not finite."""
+
+    ready: Prepared
+    losses: list[PolicyLoss]
+    values: list[ValueRecord]
+    advantages: Tensor | None
+    measured: Work
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    num_skipped: int = 0
+
+
+class Update(NamedTuple):
+    """What the optimizer did with a step: its last iteration, pass by pass."""
+
+    learning_rate: float
+    inputs: StepInputs
+    grad_norm: float = 0.0
+    passes: tuple[PackedPass, ...] = ()
+    losses: tuple[PolicyLoss, ...] = ()
+    loss: float = 0.0
+    clipped: tuple[Tensor | None, ...] = ()
+    advantages: Tensor | None = None
+    values: tuple[ValueRecord, ...] = ()
+    measured: Work = Work()
+    sampler_gap: StepMetrics | None = None
+    num_steps: int = 0
+    num_skipped: int = 0
+
+
+class Updater:
+    """Makes the optimizer steps of a step, of the policy and of the value model if there is one."""
+
+    def __init__(self, config: Config, policy: Policy, critic: Critic | None) -> None:
+        self.config = config
+        self.policy = policy
+        self.critic = critic
+        self.temperature = config.rollout.temperature
+        self.learner = Learner(config, policy, critic)
+
+    def update(self, packed: Packed, step: int, *, sampler_is_exact: bool) -> Update:
+        """`num_iterations` times `num_mini_batches` optimizer steps; none where there is no token
+        to learn from.
+
+        sampler_is_exact: its log-probabilities are those of the policy before the step.
+        """
+        method = packed.method
+        trains_policy = step >= critic_warmup_steps(method)
+        result = Update(self.set_learning_rates(method, step), packed.inputs)
+        parts = [part for part in packed.parts if part.passes]
+        if not parts:
+            return result
+        generator = make_generator(torch.device("cpu"), self.config.seed, "mini_batches", step)
+        orders = [drawn_order(len(parts), generator) for _ in range(self.config.num_iterations)]
+        first = orders[0][0]
+        inputs, parts, view = self._before(packed, parts, first, sampler_is_exact=sampler_is_exact)
+        gap: StepMetrics = {}
+        num_skipped = 0
+        for iteration, order in enumerate(orders):
+            done = []
+            for number in order:
+                is_first = iteration == 0 and number == first
+                part = parts[number]
+                if not is_first:
+                    view = self._view(method, part)
+                found = self._step(method, part, view, trains_policy=trains_policy)
+                if is_first:
+                    gap = _sampler_gap(found, part, view)
+                    parts[number] = self._with_old_logps(part, found, view)
+                num_skipped += found.num_skipped
+                done.append(found)
+            result = _summed(result._replace(inputs=inputs, sampler_gap=gap), done)
+        return result._replace(num_skipped=num_skipped)
+
+    def set_learning_rates(self, method: Method, step: int) -> float:
+        """Use those of a step from here on; returns that of the policy."""
+        return self.learner.set_learning_rates(step, critic_warmup_steps(method))
+
+    def _before(
+        self, packed: Packed, parts: list[MiniBatch], first: int, *, sampler_is_exact: bool
+    ) -> tuple[StepInputs, list[MiniBatch], Measured]:
+        """What the policy thinks before the step's first update, as far as anything needs it: the
+        step with its advantages, parts with old log-probabilities but for the first to be trained,
+        and the view of that one.
+        """
+        method, inputs = packed.method, packed.inputs
+        if not estimates_from_tokens(method):
+            parts = [
+                part if number == first else self._with_own_logps(part, sampler_is_exact)
+                for number, part in enumerate(parts)
+            ]
+            return inputs, parts, self._view(method, parts[first])
+        views = [
+            self._measure(part.passes, keeps_graph=len(parts) == 1, critic=self.critic)
+            for part in parts
+        ]
+        passes = [item for part in parts for item in part.passes]
+        statistics = [found for view in views for found in view.statistics]
+        inputs = estimates(method, inputs, passes, statistics)
+        parts = with_tokens_of(parts, inputs)
+        for number, view in enumerate(views):
+            if number != first:
+                logps = [found.logps for found in view.statistics]
+                passes = with_old_logps(parts[number].passes, logps)
+                parts[number] = parts[number]._replace(passes=passes)
+        return inputs, parts, views[first]
+
+    def _view(self, method: Method, part: MiniBatch) -> Measured:
+        """What the policy thinks of the part now, if its loss looks at that."""
+        has_old_logps = part.passes[0].batch.old_logps is not None
+        looks = needs_view(method) if has_old_logps else looks_past_tokens(method)
+        return self._measure(part.passes) if looks else NOT_MEASURED
+
+    def _measure(
+        self, passes: Sequence[PackedPass], *, keeps_graph: bool = True,
+        critic: Critic | None = None,
+    ) -> Measured:  # fmt: skip
+        keeps_graph = keeps_graph and not self.learner.stepper.runs_backward_twice(len(passes))
+        return measure(
+            self.policy, passes, self.temperature, critic=critic, keeps_graph=keeps_graph
+        )
+
+    def _with_own_logps(self, part: MiniBatch, sampler_is_exact: bool) -> MiniBatch:
+        """The part with log-probabilities of the policy as it is, at no cost where it can be."""
+        recorded = all(item.batch.rollout_logps is not None for item in part.passes)
+        if sampler_is_exact and recorded:
+            return part._replace(passes=with_sampler_logps(part.passes))
+        if part.passes[0].batch.old_logps is not None:
+            return part
+        statistics = self._measure(part.passes, keeps_graph=False).statistics
+        logps = [found.logps for found in statistics]
+        return part._replace(passes=with_old_logps(part.passes, logps))
+
+    def _with_old_logps(self, part: MiniBatch, done: Done, view: Measured) -> MiniBatch:
+        """The part that was trained first with what its own policy thought of it, dropped tokens
+        included: the next iteration may pick them.
+        """
+        if self.config.num_iterations == 1 or part.passes[0].batch.old_logps is not None:
+            return part
+        if view.statistics:
+            logps = [found.logps for found in view.statistics]
+        elif done.num_skipped:  # the weights are still the same
+            return self._with_own_logps(part, sampler_is_exact=False)
+        else:
+            logps = [out.logps for out in done.losses]
+        return part._replace(passes=with_old_logps(part.passes, logps))
+
+    def _step(
+        self, method: Method, part: MiniBatch, view: Measured, *, trains_policy: bool
+    ) -> Done:
+        """One optimizer step of policy and value model, or neither if anything is not finite."""
+        hidden = view.hidden_states
+        ready = prepare(method, part.inputs, part.passes, view.statistics, trim=hidden is None)
+        measured = work_of(part.passes if view.statistics else [], runs_layers=hidden is None)
+        done = Done(ready, [], [], trained_advantages(part.inputs, ready), measured)
+        if not ready.passes:
+            return done
+        backward = PassBackward(
+            self.policy, ready, self.temperature, hidden, critic=self.critic,
+            value_choice=method.value_loss, trains_policy=trains_policy,
+        )  # fmt: skip
+        try:
+            norm = self.learner.step(len(ready.passes), backward, trains_policy=trains_policy)
+        except NotFiniteError as error:
+            self.learner.count_skipped(error)
+            return done._replace(num_skipped=1)
+        self.learner.skipped_in_a_row = 0
+        losses = [found.policy for found in backward.losses if found.policy is not None]
+        logps = [found.logps for found in losses]
+        return done._replace(
+            ready=ready._replace(passes=with_old_logps(ready.passes, logps)) if logps else ready,
+            losses=losses,
+            values=[found.values for found in backward.losses if found.values is not None],
+            loss=step_loss(ready, losses) if losses else 0.0,
+            grad_norm=norm,
+        )
+
+
+def critic_warmup_steps(method: Method) -> int:
+    """Steps at the beginning of a run in which the value model is trained alone."""
+    if method.value_loss is None:
+        return 0
+    return round(training_parameter(method.value_loss, "critic_warmup_steps"))
+
+
+def _sampler_gap(done: Done, part: MiniBatch, view: Measured) -> StepMetrics:
+    """Sampler against policy over the part that was trained first, before it was."""
+    if done.losses:
+        return sampler_gap(done.ready.passes, done.losses)
+    return sampler_gap(part.passes, view.statistics) if view.statistics else {}
+
+
+def _summed(result: Update, done: Sequence[Done]) -> Update:
+    """An iteration as one: what was trained, side by side, and means over its updates."""
+    applied = [item for item in done if item.ready.passes and not item.num_skipped]
+    if not applied:
+        return result
+    trained = [item for item in applied if item.losses]
+    advantages = [item.advantages for item in trained if item.advantages is not None]
+    return result._replace(
+        grad_norm=sum(item.grad_norm for item in applied) / len(applied),
+        loss=sum(item.loss for item in applied) / len(applied),
+        passes=tuple(item for x in applied for item in x.ready.passes),
+        losses=tuple(item for x in trained for item in x.losses),
+        clipped=tuple(item.clipped for x in trained for item in x.ready.coefficients),
+        advantages=torch.cat(advantages) if advantages else None,
+        values=tuple(item for x in applied for item in x.values),
+        measured=Work(
+            sum(x.measured.tokens for x in applied), sum(x.measured.rows for x in applied)
+        ),
+        num_steps=len(applied),
+    )
