@@ -6,8 +6,9 @@ Legend: P prompts, G num_generations.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,7 +18,14 @@ from fastrl.tasks.prompt import prompt_key
 from fastrl.types import Example, StepMetrics
 
 MAX_SKIPPED = 2**16
-"""Solved prompts in a row after which there is nothing left to learn."""
+"""Prompts in a row that are passed over after which there is nothing left to learn."""
+
+
+class Drawn(NamedTuple):
+    """Prompts and their indices among the task's training examples."""
+
+    examples: list[Example]
+    indices: tuple[int, ...]
 
 
 class PromptStream:
@@ -26,29 +34,50 @@ class PromptStream:
     def __init__(self, task: Task, *, first: int, max_pass_rate: float | None = None) -> None:
         """first: index of the first example. max_pass_rate: where a prompt leaves; None: never."""
         self.task = task
+        self.first = first
         self.cursor = first
         self.max_pass_rate = max_pass_rate
         self.history: dict[str, list[int]] = {}  # prompt -> completions that passed, and all
+        self.leaves_out: Callable[[Example], bool] | None = None
+        """Prompts that are never asked, by their values; None: there are none."""
+        self.values_key: str | None = None
+        """Where the rewards of reference completions are kept; None: nowhere yet."""
 
-    def draw(self, num_prompts: int) -> list[Example]:
-        """The next examples of the task whose prompt is not solved."""
-        drawn: list[Example] = []
+    @cached_property
+    def epoch_size(self) -> int | None:
+        """Training examples of a file; None for a task that makes them up without an end."""
+        return len(self.task.known_examples()) - len(self.task.eval_examples()) or None
+
+    def draw(self, num_prompts: int) -> Drawn:
+        """The next examples of the task whose prompt is not solved, nor left out by its values."""
+        examples: list[Example] = []
+        indices: list[int] = []
         skipped = 0
-        while len(drawn) < num_prompts:
+        while len(examples) < num_prompts:
             example = self.task.train_example(self.cursor)
             self.cursor += 1
-            if not self.is_solved(example):
-                drawn.append(example)
+            if not self.is_solved(example) and not (self.leaves_out and self.leaves_out(example)):
+                examples.append(example)
+                indices.append(self.cursor - 1)
                 skipped = 0
                 continue
             skipped += 1
             if skipped == MAX_SKIPPED:
-                raise InputError(
-                    f"the next {MAX_SKIPPED} prompts have all passed max_pass_rate "
-                    f"{self.max_pass_rate:g}: there is nothing left to learn; stop here, raise it, "
-                    "or train on harder prompts"
-                )
-        return drawn
+                raise InputError(self._nothing_left)
+        return Drawn(examples, tuple(indices))
+
+    @property
+    def _nothing_left(self) -> str:
+        if self.leaves_out is None:
+            return (
+                f"the next {MAX_SKIPPED} prompts have all passed max_pass_rate "
+                f"{self.max_pass_rate:g}: there is nothing left to learn; stop here, raise it, or "
+                "train on harder prompts"
+            )
+        return (
+            f"the next {MAX_SKIPPED} prompts are all solved or left out by their values "
+            "(min_solved): there is nothing left to learn; lower it, or train on easier prompts"
+        )
 
     def record(self, examples: Sequence[Example], passed: Tensor) -> None:
         """Count (P, G) bool completions of the examples, if solved prompts leave at all."""
@@ -76,12 +105,14 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON."""
-        return {"cursor": self.cursor, "history": dict(self.history)}
+        state = {"cursor": self.cursor, "history": dict(self.history)}
+        return state if self.values_key is None else {**state, "values": self.values_key}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another stream over the same task was."""
         self.cursor = state["cursor"]
         self.history = dict(state["history"])
+        self.values_key = state.get("values")
 
 
 def _key(example: Example) -> str:

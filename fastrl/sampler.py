@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrl.encoding import Tokenizer, decode_completions
+from fastrl.rewards import Scorer
+from fastrl.rollout import Engine, Sampling
 from fastrl.types import Prompts, Rewards, Rollouts, StepMetrics
 
 
@@ -63,6 +66,32 @@ class Sampled(NamedTuple):
             "(objective.max_sampling_rounds) or prompts of medium difficulty help; later steps are "
             "counted in dynamic_sampling/missing_prompts"
         )
+
+
+class Generated(NamedTuple):
+    """Completions with their texts."""
+
+    rollouts: Rollouts
+    texts: list[str]
+
+
+def generate_while_scoring(
+    engine: Engine, scorer: Scorer, tokenizer: Tokenizer, prompts: Prompts, sampling: Sampling,
+    generator: torch.Generator,
+) -> Generated:  # fmt: skip
+    """Completions, each submitted to the scorer from the moment it has ended."""
+    num_generations = sampling.num_generations
+    known: dict[int, str] = {}
+
+    def ended(row: int, ids: Tensor) -> None:
+        known[row] = decode_completions([ids], tokenizer)[0]
+        example = prompts.examples[row // num_generations]
+        scorer.submit(row, example, known[row], ids.tolist(), num_generations=num_generations)
+
+    rollouts = engine.generate(prompts, sampling, generator, ended)
+    if len(known) < len(rollouts.completion_ids):  # the engine says nothing of single ones
+        return Generated(rollouts, decode_completions(rollouts.completion_ids, tokenizer))
+    return Generated(rollouts, [known[row] for row in range(len(known))])
 
 
 def sample_until_full(

@@ -5,7 +5,7 @@ Legend: P prompts, G num_generations, B = P*G completions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -21,6 +21,7 @@ from fastrl.carried import (
 )
 from fastrl.config import Config
 from fastrl.encoding import decode_completions, encode_prompts
+from fastrl.methods.inputs import StepInputs
 from fastrl.methods.record import Method
 from fastrl.metrics import Stopwatch
 from fastrl.policy import Policy
@@ -29,10 +30,11 @@ from fastrl.replay import Recorded, Recorder, Replay
 from fastrl.rewards import Scorer
 from fastrl.rollout import Sampling, make_engine
 from fastrl.rollout_check import check_engine
-from fastrl.sampler import Sampled, Scored, sample_until_full
+from fastrl.sampler import Generated, Sampled, Scored, generate_while_scoring, sample_until_full
 from fastrl.seeding import make_generator
 from fastrl.tasks import Task
 from fastrl.types import Example, Prompts, Rewards, Rollouts, StepMetrics
+from fastrl.values.sources import PromptValues, make_values
 
 
 class SamplingStage:
@@ -62,6 +64,8 @@ class SamplingStage:
             stop_strings=config.rollout.stop_strings,
         )
         self.max_sampling_rounds = method.max_sampling_rounds
+        self.values: PromptValues | None = make_values(method, self)
+        """What is known of prompts beside their own group, for methods that ask for it."""
         self.carried: InFlight | None = None
         """Groups that go on in the next step; only with rollout.max_tokens_per_step."""
         self.recorder: Recorder | None = None
@@ -103,6 +107,9 @@ class SamplingStage:
         are sampled in place of the rest. None: all are.
         """
         self.recorded, self.reward_metrics = [], {}
+        if self.values is not None and not self.values.is_ready:
+            self.values.prepare()
+            watch.lap("values")
         if self.config.rollout.max_tokens_per_step is not None:
             sampled = self._sample_partial(step, watch, self.config.rollout.max_tokens_per_step)
         else:
@@ -114,34 +121,30 @@ class SamplingStage:
             )
         if self.recorder is not None:
             self.recorder.write(step, self.recorded)
+        if self.values is not None and not sampled.is_empty:
+            self.reward_metrics |= self.values.metrics(sampled.trained.rollouts.prompts)
         return sampled
 
     def _sample_round(self, num_prompts: int, step: int, number: int, watch: Stopwatch) -> Scored:
         """Round `number` of a step, from 0: the next prompts, G completions of each, rewards."""
         prompts, indices = self._next_prompts(num_prompts)
-        texts: dict[int, str] = {}
+        texts: list[str] | None = None
         if self.replay is not None:
             rollouts = self.replay.rollouts(step, number, prompts)
         else:
-            rollouts = self._generate(prompts, self._generator(step, number), texts)
+            rollouts, texts = self.generate(prompts, self.sampling, self._generator(step, number))
         watch.lap("rollout")
         scored = self._score(rollouts, step, number, watch, texts)
         self.recorded.append(Recorded(rollouts, indices, scored, tuple(range(num_prompts))))
         return scored
 
-    def _generate(
-        self, prompts: Prompts, generator: torch.Generator, texts: dict[int, str]
-    ) -> Rollouts:
-        """Completions; each is scored from the moment it has ended, and its text is in `texts`."""
-        G = self.sampling.num_generations
-
-        def ended(row: int, ids: Tensor) -> None:
-            texts[row] = decode_completions([ids], self.policy.tokenizer)[0]
-            self.scorer.submit(
-                row, prompts.examples[row // G], texts[row], ids.tolist(), num_generations=G
-            )
-
-        return self.engine.generate(prompts, self.sampling, generator, ended)
+    def generate(
+        self, prompts: Prompts, sampling: Sampling, generator: torch.Generator
+    ) -> Generated:
+        """Completions whose scores are asked for as they end."""
+        return generate_while_scoring(
+            self.engine, self.scorer, self.policy.tokenizer, prompts, sampling, generator
+        )
 
     def _sample_partial(self, step: int, watch: Stopwatch, max_tokens: int) -> Sampled:
         """Groups that are under way and new ones, P together; those that end are trained on."""
@@ -159,7 +162,7 @@ class SamplingStage:
         trained = flight.of_prompts(chosen) if chosen else None
         scored = Scored(rollouts, [], Rewards(torch.zeros(0), {}))
         if trained is not None:
-            scored = self._score(trained.rollouts, step, 0, watch, {})
+            scored = self._score(trained.rollouts, step, 0, watch, None)
         self.carried = flight.of_prompts(others) if others else None
         self.recorded.append(Recorded(rollouts, flight.indices, scored, tuple(chosen)))
         metrics = staleness_metrics(trained, self.carried, self.sampling, step)
@@ -178,11 +181,10 @@ class SamplingStage:
 
     def _score(
         self, rollouts: Rollouts, step: int, number: int, watch: Stopwatch,
-        known_texts: Mapping[int, str],
+        texts: list[str] | None,
     ) -> Scored:  # fmt: skip
         """Texts and rewards of completions that have ended; solved prompts are counted."""
-        texts = [text for _, text in sorted(known_texts.items())]
-        if len(texts) < len(rollouts.completion_ids):
+        if texts is None:
             texts = decode_completions(rollouts.completion_ids, self.policy.tokenizer)
         if self.replay is not None:
             rewards = self.replay.rewards(step, number, texts)
@@ -197,13 +199,12 @@ class SamplingStage:
 
     def _next_prompts(self, num_prompts: int) -> tuple[Prompts, tuple[int, ...]]:
         """The next prompts and their indices among the task's training examples."""
-        first = self.stream.cursor
-        examples = self.stream.draw(num_prompts)
-        indices = tuple(range(first, self.stream.cursor))
-        if len(indices) > num_prompts:  # some are solved and were passed over
-            task, stream = self.task, self.stream
-            indices = tuple(i for i in indices if not stream.is_solved(task.train_example(i)))
-        return self.encode(examples), indices
+        drawn = self.stream.draw(num_prompts)
+        return self.encode(drawn.examples), drawn.indices
+
+    def with_values(self, inputs: StepInputs, rollouts: Rollouts) -> StepInputs:
+        """The step with what its method asks to know of prompts."""
+        return inputs if self.values is None else self.values.inputs(inputs, rollouts.prompts)
 
     def _generator(self, step: int, number: int) -> torch.Generator:
         labels = ("rollout", step, number) if number else ("rollout", step)

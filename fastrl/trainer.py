@@ -138,7 +138,7 @@ class Trainer:
         lengths = counted_lengths(
             rollouts, mask_truncated_completions=self.method.mask_truncated_completions
         )
-        return start_inputs(
+        inputs = start_inputs(
             rollouts,
             rewards,
             lengths,
@@ -146,6 +146,7 @@ class Trainer:
             progress=step / self.config.max_steps,
             generator=make_generator(torch.device("cpu"), self.config.seed, "method", step),
         )
+        return self.sampler.with_values(inputs, rollouts)
 
     def pack(self, rollouts: Rollouts, inputs: StepInputs) -> Packed:
         """The rows that need work as packed passes, with the reference's log-probabilities if any.

@@ -69,6 +69,9 @@ def step_inputs(
         progress=uniform(1)[0],
         generator=generator,
         reward_parts=torch.ones_like(parts) if equal_rewards else parts,
+        ref_rewards=rewards,
+        ref_groups=groups,
+        baselines=rewards,
         completion_index=index,
         logps=logps.to(dtype),
         old_logps=policy().to(dtype),
@@ -96,7 +99,7 @@ def loss_of(method: Method, inputs: StepInputs) -> tuple[StepInputs, Coefficient
     inputs, advantages, _ = rows_to_train(method, inputs)
     if estimates_from_tokens(method):
         inputs = estimated(method, inputs)
-    elif method.loss is None:
+    elif method.has_advantage:
         inputs = dataclasses.replace(inputs, advantages=advantages[inputs.tokens])
     found = coefficients(method, inputs)
     return inputs, found, token_losses(found, inputs)

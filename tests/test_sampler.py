@@ -129,26 +129,27 @@ def prompts(examples: list[Example]) -> list[int]:
 
 def test_solved_prompts_leave_for_good_and_a_checkpoint_knows_them():
     stream = PromptStream(Circle(4), first=1, max_pass_rate=0.9)
-    drawn = stream.draw(4)
+    drawn, indices = stream.draw(4)
+    assert indices == (1, 2, 3, 4)
     assert prompts(drawn) == [1, 2, 3, 0]
     passed = torch.zeros(4, 10, dtype=torch.bool)
     passed[0, :9] = True  # 9 of 10 is 0.9
     passed[1, :8] = True
     stream.record(drawn, passed)
     assert stream.metrics == {"prompts/solved": 1.0}
-    assert prompts(stream.draw(4)) == [2, 3, 0, 2]
+    assert prompts(stream.draw(4).examples) == [2, 3, 0, 2]
     again = PromptStream(Circle(4), first=1, max_pass_rate=0.9)
     again.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     solved = [Example(prompt="2")]
     for one in (stream, again):  # 8 of 10, and 10 of 10: 18 of 20 is 0.9
         one.record(solved, torch.ones(1, 10, dtype=torch.bool))
-        assert prompts(one.draw(3)) == [3, 0, 3]
+        assert prompts(one.draw(3).examples) == [3, 0, 3]
     assert stream.state_dict() == again.state_dict()
 
 
 def test_a_state_stays_as_it_was_when_the_stream_goes_on():
     stream = PromptStream(Circle(2), first=0, max_pass_rate=0.5)
-    examples = stream.draw(1)
+    examples = stream.draw(1).examples
     stream.record(examples, torch.tensor([[True, False, False]]))
     state = stream.state_dict()
     copy = json.loads(json.dumps(state))
@@ -159,15 +160,15 @@ def test_a_state_stays_as_it_was_when_the_stream_goes_on():
 
 def test_without_a_rate_nothing_is_remembered():
     stream = PromptStream(Circle(2), first=0)
-    stream.record(stream.draw(2), torch.ones(2, 3, dtype=torch.bool))
+    stream.record(stream.draw(2).examples, torch.ones(2, 3, dtype=torch.bool))
     assert stream.state_dict() == {"cursor": 2, "history": {}}
     assert stream.metrics == {}
-    assert prompts(stream.draw(2)) == [0, 1]
+    assert prompts(stream.draw(2).examples) == [0, 1]
 
 
 def test_a_task_that_is_solved_is_an_error():
     stream = PromptStream(Circle(3), first=0, max_pass_rate=0.9)
-    stream.record(stream.draw(3), torch.ones(3, 2, dtype=torch.bool))
+    stream.record(stream.draw(3).examples, torch.ones(3, 2, dtype=torch.bool))
     with pytest.raises(InputError, match="nothing left to learn"):
         stream.draw(1)
     assert stream.cursor == 3 + MAX_SKIPPED

@@ -19,6 +19,7 @@ from fastrl.selection import RESAMPLINGS, SELECTIONS
 from fastrl.sequence_surrogates import SEQUENCE_SURROGATES
 from fastrl.token_weights import TOKEN_WEIGHTS
 from fastrl.value_losses import TRAINING, VALUE_LOSSES
+from fastrl.values.kinds import PROMPT_VALUES
 from fastrl_kernels.objectives import REGULARISERS, SURROGATES, Regulariser
 from fastrl_kernels.objectives.source import arguments_of
 
@@ -27,6 +28,7 @@ Function = Callable[..., Any]
 SURROGATE_INPUTS = ("logps", "old_logps", "advantages")
 
 AXES: dict[str, Mapping[str, Any]] = {
+    "prompt_values": PROMPT_VALUES,
     "reward_shaping": ChainMap(REWARD_SHAPINGS, TOKEN_REWARD_SHAPINGS),
     "token_reward_shaping": TOKEN_REWARD_SHAPINGS,
     "advantage": ADVANTAGES,

@@ -41,6 +41,11 @@ def check_method(method: Method) -> None:
             f"method {method.name!r} takes its ratios to the sampler's policy already; "
             f"rollout_correction {method.rollout_correction} would count them twice, remove it"
         )
+    if method.loss is not None and method.has_advantage and method.advantage.name in PER_TOKEN:
+        raise InputError(
+            f"loss {method.loss} takes one advantage for a completion, but {method.advantage.name} "
+            "gives one for each token; choose another advantage"
+        )
     if method.loss is not None:
         return
     name = method.surrogate.name
@@ -65,9 +70,9 @@ def check_generations(method: Method, num_generations: int) -> None:
     """Raise InputError where a method compares completions of a prompt and there is one of each."""
     if num_generations >= 2:
         return
-    compares = method.loss is None and method.advantage.name in NEEDS_GROUPS
+    compares = method.has_advantage and method.advantage.name in NEEDS_GROUPS
     if method.loss is not None:
-        compares = "groups" in LOSSES[method.loss.name].inputs
+        compares = compares or "groups" in LOSSES[method.loss.name].inputs
         compares = compares or LOSSES[method.loss.name].level != "group"
     if compares:
         what = f"loss {method.loss}" if method.loss else f"advantage {method.advantage}"
@@ -92,6 +97,9 @@ def check_sizes(
         progress=torch.zeros((), dtype=torch.float64),
         generator=torch.Generator(),
         reward_parts=rewards.expand(num_rewards, -1),
+        ref_rewards=rewards,
+        ref_groups=torch.arange(num_completions) // num_generations,
+        baselines=rewards,
     )
     try:
         rows_to_train(method, inputs)

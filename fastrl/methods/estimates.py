@@ -38,7 +38,7 @@ def rows_to_train(method: Method, inputs: StepInputs) -> tuple[StepInputs, Tenso
             inputs = dataclasses.replace(inputs, lengths=left.lengths, copies=left.copies)
         return inputs, advantages, inputs.lengths > 0
     inputs = shaped(method, inputs)
-    if method.loss is not None:
+    if not method.has_advantage:
         inputs = selected(method, inputs)
     else:
         inputs = _with_advantages(method, inputs)
@@ -53,10 +53,10 @@ def estimated(method: Method, inputs: StepInputs) -> StepInputs:
     """The step with shaped rewards, advantages of every token, and what is left out at length 0."""
     inputs = with_value_targets(method, shaped(method, inputs))
     if selects_before_tokens(method):  # rows_to_train has left out the others
-        if method.loss is not None:
+        if not method.has_advantage:
             return inputs
         return dataclasses.replace(inputs, advantages=token_advantages(method, inputs))
-    if method.loss is None:
+    if method.has_advantage:
         advantages = token_advantages(method, inputs)
         first = first_of_completion(advantages, inputs.lengths)
         inputs = dataclasses.replace(inputs, advantages=advantages, completion_advantages=first)

@@ -88,9 +88,9 @@ GROUP_RELATIVE = (
         source="AAPO, arXiv:2505.14264",
         formula="-A logp,  A = (r - group mean) / std + clip(r - r_ref, -0.2, 0.28)",
         advantage=use("reference_margin"),
+        prompt_values=use("reference_rollouts", num_samples=0),
         surrogate=use("policy_gradient"),
         settings="6 generations, learning rate 1e-6, one update a batch",
-        missing="a completion of the reference model for each of the policy's, with its reward",
     ),
     Method(
         name="seed_grpo",

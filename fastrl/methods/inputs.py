@@ -31,6 +31,9 @@ class StepInputs:
     generator: torch.Generator | None = None
     reward_parts: Tensor | None = None  # (R, B)
     completion_advantages: Tensor | None = None  # (B,), where a completion has but one
+    ref_rewards: Tensor | None = None  # (R,) of completions of the policy that training began with
+    ref_groups: Tensor | None = None  # (R,) int64 prompt of each of those
+    baselines: Tensor | None = None  # (B,) reward that was to be expected
     copies: Tensor | None = None  # (B,) int64 times that each completion counts; None for once
     completion_index: Tensor | None = None  # (S,) int64 completion of each token
     logps: Tensor | None = None  # (S,), as all that follow
@@ -75,9 +78,6 @@ PER_TOKEN = STATISTICS | {
 KNOWN = frozenset(field.name for field in dataclasses.fields(StepInputs))
 WHERE_FROM = {
     "clusters": "answers that are grouped by meaning",
-    "baselines": "a running estimate of every prompt's success",
-    "ref_rewards": "rewards of completions of the reference model",
-    "ref_groups": "rewards of completions of the reference model",
     "actions": "environments that number the actions of an agent",
     "tool_calls": "environments that count the calls of a tool",
     "from_reference": "completions of the reference model",

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from fastrl.value_losses import TRAINING
 
+TAKE_ADVANTAGES = ("optimal_advantage_regression",)
+"""Losses of completions that are given their advantages; others have rewards or pairs."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -68,6 +71,8 @@ class Method:
     surrogate: Choice = field(
         default_factory=lambda: use("clipped_ratio", epsilon_low=0.2, epsilon_high=0.2)
     )
+    prompt_values: Choice | None = None
+    """What is found out about prompts beside their own group, see `fastrl.values`."""
     computed: Choice | None = None
     """Where hyper-parameters of the surrogate come from the batch: a rule that returns them."""
     penalties: tuple[Penalty, ...] = ()
@@ -109,11 +114,17 @@ class Method:
     """Constants that were not found in a paper or in its authors' code."""
 
     @property
+    def has_advantage(self) -> bool:
+        """Whether an advantage has a part in the loss."""
+        return self.loss is None or self.loss.name in TAKE_ADVANTAGES
+
+    @property
     def choices(self) -> dict[str, Choice]:
         """The choices that are in effect, by axis; penalties apart."""
-        axes = ["reward_shaping", "token_reward_shaping", "selection", "aggregation"]
+        axes = ["prompt_values", "reward_shaping", "token_reward_shaping", "selection"]
+        axes += ["aggregation"]
         if self.loss is not None:
-            axes += ["loss"]
+            axes += ["loss", "advantage"] if self.has_advantage else ["loss"]
         else:
             axes += ["advantage", "token_weights", "surrogate", "computed", "rollout_correction"]
             axes += ["value_loss"]

@@ -12,9 +12,11 @@ from fastrl.errors import InputError, nearest
 from fastrl.methods.adaptation import Adaptation
 from fastrl.methods.axes import AXES, hyper_parameters_of, is_whole
 from fastrl.methods.checks import check_method
-from fastrl.methods.record import Choice, Method, Penalty
+from fastrl.methods.needs import requirements
+from fastrl.methods.record import TAKE_ADVANTAGES, Choice, Method, Penalty
 from fastrl.methods.table import METHODS
 from fastrl.schedules import read_schedule
+from fastrl.values.kinds import SOURCES
 
 OVERRIDES = (
     "reward_shaping", "advantage", "selection", "token_weights", "surrogate", "aggregation",
@@ -43,7 +45,7 @@ def resolve_method(name: str, overrides: ObjectiveConfig) -> Method:
             f"there: set method = 'grpo' and override the axes that `fastrl methods show {name}` "
             "prints"
         )
-    method = _with_penalties(_with_axes(method, overrides), overrides)
+    method = _with_penalties(_with_values(_with_axes(method, overrides)), overrides)
     for bound in ("epsilon_low", "epsilon_high"):
         value = getattr(overrides, bound)
         if value is not None:
@@ -61,11 +63,13 @@ def _with_axes(method: Method, overrides: ObjectiveConfig) -> Method:
     chosen = {axis: getattr(overrides, axis) for axis in OVERRIDES}
     chosen = {axis: name for axis, name in chosen.items() if name is not None}
     if method.loss is not None or "loss" in chosen:
+        loss = chosen.get("loss") or str(method.loss)
+        is_given = loss.partition("(")[0] in TAKE_ADVANTAGES
         for axis in OF_TOKENS:
-            if axis in chosen:
+            if axis in chosen and not (axis == "advantage" and is_given):
                 raise InputError(
                     f"objective.{axis} has no effect beside a loss of pairs or groups "
-                    f"({chosen.get('loss') or method.loss}); remove one of them"
+                    f"({loss}); remove one of them"
                 )
     if "surrogate" in chosen and chosen["surrogate"] != method.surrogate.name:
         method = dataclasses.replace(method, computed=None)
@@ -85,6 +89,15 @@ def _with_axes(method: Method, overrides: ObjectiveConfig) -> Method:
     if overrides.pairing is not None:
         method = dataclasses.replace(method, pairing=overrides.pairing)
     return method
+
+
+def _with_values(method: Method) -> Method:
+    """Where values of prompts are asked for and the record names no source, the usual one."""
+    asked = requirements(method)
+    sources = [source for name, source in SOURCES.items() if name in asked]
+    if method.prompt_values is not None or not sources:
+        return method
+    return dataclasses.replace(method, prompt_values=Choice(sources[0]))
 
 
 def _with_penalties(method: Method, overrides: ObjectiveConfig) -> Method:
