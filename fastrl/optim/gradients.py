@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-CHUNK_SIZE = 1 << 22
+PIECE = 1 << 16
 
 
 def gradient_norm(gradients: Iterable[Tensor]) -> float:
@@ -20,10 +20,12 @@ def gradient_norm(gradients: Iterable[Tensor]) -> float:
 
 
 def norm_of(gradient: Tensor) -> Tensor:
-    """2-norm of one tensor, a float32 scalar; bfloat16 is looked at in pieces, not copied whole."""
-    if gradient.dtype == torch.float32:
-        return torch.linalg.vector_norm(gradient)
-    pieces = gradient.reshape(-1).split(CHUNK_SIZE)
+    """2-norm of one tensor, a float32 scalar. On a CPU bfloat16 is looked at in pieces: torch would
+    make a float32 copy of it.
+    """
+    if gradient.dtype == torch.float32 or gradient.device.type != "cpu":
+        return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    pieces = gradient.reshape(-1).split(PIECE)
     norms = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces]
     return torch.linalg.vector_norm(torch.stack(norms))
 

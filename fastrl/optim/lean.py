@@ -151,6 +151,11 @@ class LeanAdamW(torch.optim.Optimizer):
         bits = random_bits(span.start, len(stored), key, stored.device)
         stored.copy_(round_by_chance(masters, bits))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: torch's own leaves out what this class adds."""
+        names = ("weights", "moments", "seed", "chunk_size", "_index", "_group_of")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's, once whatever is still on its way to the CPU has arrived."""
         if self.moments == "cpu" and torch.cuda.is_initialized():

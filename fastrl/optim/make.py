@@ -22,6 +22,7 @@ MOMENTS: dict[str, MomentStore] = {
     "adamw_offload": "cpu",
 }
 """Our own optimizers, by where they keep their moments."""
+OURS = f"use {', '.join(MOMENTS)}"
 
 
 class Library(NamedTuple):
@@ -57,7 +58,7 @@ def _torchao_adamw_4bit(groups: Groups, options: dict[str, Any]) -> torch.optim.
 
 
 LIBRARIES = {
-    "bnb_adamw_8bit": Library("bitsandbytes", _bnb_adamw_8bit, needs_gpu=True),
+    "bnb_adamw_8bit": Library("bitsandbytes", _bnb_adamw_8bit),
     "bnb_paged_adamw_8bit": Library("bitsandbytes", _bnb_paged_adamw_8bit, needs_gpu=True),
     "torchao_adamw_8bit": Library("torchao", _torchao_adamw_8bit),
     "torchao_adamw_4bit": Library("torchao", _torchao_adamw_4bit),
@@ -73,24 +74,23 @@ def check_optimizer(config: Config) -> None:
     library = LIBRARIES.get(name)
     if library is None:
         return
-    ours = "use adamw, adamw_8bit or adamw_offload"
     if precision in ("split", "stochastic"):
         raise InputError(
             f"optim.optimizer {name} and model.precision {precision} exclude each other: only our "
-            f"own optimizers know how the weights are kept; {ours}, or precision autocast"
+            f"own optimizers know how the weights are kept; {OURS}; or precision autocast"
         )
     if config.optim.in_backward != "off":
         raise InputError(
             f"optim.optimizer {name} and optim.in_backward {config.optim.in_backward} exclude each "
-            f"other: it steps all parameters at once; {ours}, or in_backward off"
+            f"other: it steps all parameters at once; {OURS}; or in_backward off"
         )
     if find_spec(library.package) is None:
         raise InputError(
             f"optim.optimizer {name} needs {library.package}; "
-            f"pip install 'fastrl-llm[{library.package}]', or {ours}"
+            f"pip install 'fastrl-llm[{library.package}]'; or {OURS}"
         )
     if library.needs_gpu and config.model.device == "cpu":
-        raise InputError(f"optim.optimizer {name} needs a GPU; {ours}, or another model.device")
+        raise InputError(f"optim.optimizer {name} needs a GPU; {OURS}; or another model.device")
 
 
 def make_optimizer(
@@ -103,6 +103,9 @@ def make_optimizer(
     betas = (config.adam_beta1, config.adam_beta2)
     library = LIBRARIES.get(config.optimizer)
     if library is not None:
+        on_cpu = any(p.device.type == "cpu" for group in groups for p in group["params"])
+        if library.needs_gpu and on_cpu:
+            raise InputError(f"optim.optimizer {config.optimizer} needs a GPU; {OURS}")
         return library.make(groups, {"lr": config.learning_rate, "betas": betas})
     weights: WeightStore = "float32" if precision == "autocast" else precision
     moments = MOMENTS[config.optimizer]

@@ -88,7 +88,8 @@ class Stepper:
         """One optimizer step; afterwards no parameter has a gradient.
 
         backward: runs forward and backward pass number `index`, from 0, adding to `.grad`; called
-        once with each index, in order, or twice with 0 where `runs_backward_twice`.
+        once with each index, in order, or twice with 0 where `runs_backward_twice`. With no passes
+        the step is by the gradients that are there already.
         """
         try:
             outcome = self._step(num_passes, backward)
