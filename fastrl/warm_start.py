@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from fastrl.aggregation import token_mean
-from fastrl.config import Config, OptimConfig
+from fastrl.config import Config
+from fastrl.errors import NotFiniteError
+from fastrl.integrations.schedules import make_schedule
+from fastrl.learner import make_stepper
 from fastrl.loss import supervised_pass_loss
-from fastrl.optim import clip_gradient, make_adamw, scheduled_learning_rate, set_learning_rate
+from fastrl.optim import scale_learning_rate
 from fastrl.packing import pack_rollouts
 from fastrl.trainer import Trainer
 from fastrl.types import Rollouts
@@ -20,16 +25,20 @@ class WarmStart:
         self.config = config
         self.trainer = trainer
         self.policy = trainer.policy
-        self.schedule = OptimConfig(
-            learning_rate=config.warm_start.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=config.warm_start.steps // 10,
-        )
-        self.optimizer = make_adamw(
-            self.policy.model,
-            learning_rate=config.warm_start.learning_rate,
-            weight_decay=0.0,
-        )
+        steps = config.warm_start.steps
+        optim = dataclasses.replace(
+            config.optim, learning_rate=config.warm_start.learning_rate, weight_decay=0.0,
+            adam_beta1=0.9, adam_beta2=0.999, max_grad_norm=1.0,
+            lr_scheduler_type="cosine", lr_scheduler_kwargs={}, warmup_steps=steps // 10,
+        )  # fmt: skip
+        self.schedule = make_schedule(optim, steps)
+        phase = dataclasses.replace(config, optim=optim)
+        self.stepper = make_stepper(phase, self.policy.model, optim.learning_rate, name="policy")
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of the policy, in this phase."""
+        return self.stepper.optimizer
 
     def train_step(self, step: int) -> float:
         """One optimizer step on fresh examples; returns the mean loss per token in nats."""
@@ -51,18 +60,17 @@ class WarmStart:
             device=self.policy.device,
             dtype=self.policy.lm_head.weight.dtype,
         )
-        set_learning_rate(
-            self.optimizer,
-            scheduled_learning_rate(self.schedule, step, self.config.warm_start.steps),
-        )
-        total = 0.0
-        for item in passes:
-            loss = supervised_pass_loss(
-                self.policy.hidden_states(item.plan), self.policy.lm_head, item.batch
-            )
+        losses = [0.0] * len(passes)
+
+        def backward(index: int) -> None:
+            plan, batch = passes[index].plan, passes[index].batch
+            hidden_states = self.policy.hidden_states(plan)
+            loss = supervised_pass_loss(hidden_states, self.policy.lm_head, batch)
             loss.backward()
-            total += float(loss.detach())
-        clip_gradient(self.policy.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total
+            losses[index] = float(loss.detach())
+
+        scale_learning_rate(self.optimizer, self.schedule(step))
+        outcome = self.stepper.step(len(passes), backward)
+        if not outcome.is_applied:
+            raise NotFiniteError("the warm start's gradient is not finite; lower its learning rate")
+        return sum(losses)

@@ -2,12 +2,6 @@
 
 from fastrl.optim.gradients import clip_factor, gradient_norm
 from fastrl.optim.lean import LeanAdamW
-from fastrl.optim.legacy import (
-    clip_gradient,
-    make_adamw,
-    scheduled_learning_rate,
-    set_learning_rate,
-)
 from fastrl.optim.make import check_optimizer, make_optimizer
 from fastrl.optim.rates import parameter_groups, scale_learning_rate
 from fastrl.optim.stepper import InBackward, StepOutcome, Stepper
@@ -20,14 +14,10 @@ __all__ = [
     "Stepper",
     "check_optimizer",
     "clip_factor",
-    "clip_gradient",
     "gradient_norm",
     "join",
-    "make_adamw",
     "make_optimizer",
     "parameter_groups",
     "scale_learning_rate",
-    "scheduled_learning_rate",
-    "set_learning_rate",
     "split",
 ]
