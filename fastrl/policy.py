@@ -73,6 +73,12 @@ class Policy:
         weights = (x for x in body.parameters() if x.is_floating_point())
         return self.bf16 or any(x.dtype in (torch.bfloat16, torch.float16) for x in weights)
 
+    @property
+    def has_bf16_stream(self) -> bool:
+        """Whether the sum that runs through the layers is in bfloat16, as their weights are."""
+        embedding: Tensor = self.model.get_input_embeddings().weight
+        return embedding.dtype == torch.bfloat16
+
     def hidden_states(self, plan: Plan) -> Tensor:
         """(N, D) final hidden states of a packed plan, in the dtype of the head.
 

@@ -52,6 +52,18 @@ def test_bytes_of_a_packed_token(model_type, bf16):
     assert 0.66 < estimated / measured < 1.5
 
 
+@pytest.mark.parametrize("model_type", MODELS)
+def test_bytes_of_a_packed_token_under_weights_of_bf16(model_type):
+    policy = tiny_policy(model_type=model_type, **MODELS[model_type])
+    policy.model.to(torch.bfloat16)
+    measured = (saved_bytes(policy, 112) - saved_bytes(policy, 48)) / 64
+    estimated = packed_token_bytes(
+        policy.model.config, bf16=policy.is_half, is_checkpointed=False,
+        has_bf16_stream=policy.has_bf16_stream,
+    )  # fmt: skip
+    assert 0.66 < estimated / measured < 1.5
+
+
 def test_cost_of_a_row_at_the_head():
     """By hand for a tiny qwen3: D = 32, A = 64, I = 48, two layers."""
     policy = tiny_policy()

@@ -306,3 +306,22 @@ def test_a_rounded_copy_is_made_layer_by_layer():
     assert copy.deepcopy(policy.model) is not policy.model
     reference = make_reference(policy, "8bit")
     assert not [m for m in reference.policy.model.model.layers.modules() if type(m) is nn.Linear]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_streamed_layers_take_the_memory_of_two_on_a_gpu():
+    policy = tiny_policy(num_hidden_layers=8, hidden_size=512, intermediate_size=2048)
+    policy.model.cuda()
+    plan = plan_of().to(policy.device)
+    before = token_statistics(policy, plan, 0.9).logps
+    layer = sum(x.nbytes for x in policy.model.model.layers[0].parameters())
+    weights = torch.cuda.memory_allocated()
+    reference = make_reference(policy, "cpu")
+    assert torch.cuda.memory_allocated() - weights < layer / 10  # norms and tables of angles
+    move(policy)
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        assert torch.equal(token_statistics(reference, plan, 0.9).logps, before)
+        assert torch.cuda.max_memory_allocated() - start < 3 * layer
