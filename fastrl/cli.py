@@ -1,4 +1,4 @@
-"""The command line: fastrl train | eval | score | methods | tasks | doctor."""
+"""The command line: fastrl train | eval | score | methods | explain | tasks | doctor."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ commands:
   eval RUN_OR_CONFIG [--FIELD VALUE ...] [--json PATH]  pass@k on the held-out prompts
   score RUN_OR_CONFIG --replay-rollouts DIR [--json PATH]  score saved rollouts once more
   methods [show NAME]                                   policy-optimisation methods and their axes
+  explain [FIELD]                                       what a field of the config is
   tasks [WORD]                                          tasks to train on, with their parameters
   doctor                                                what is installed and which kernels will run
 
@@ -161,6 +162,15 @@ def _methods(words: list[str]) -> int:
     return 0
 
 
+def _explain(words: list[str]) -> int:
+    from fastrl.explain import explain
+
+    name = words.pop(0) if words else ""
+    _no_more(words)
+    print("\n".join(explain(name)))
+    return 0
+
+
 def _tasks(words: list[str]) -> int:
     from fastrl.tasks import list_tasks
 
@@ -186,6 +196,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": _eval,
     "score": _score,
     "methods": _methods,
+    "explain": _explain,
     "tasks": _tasks,
     "doctor": _doctor,
 }
