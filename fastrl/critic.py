@@ -5,21 +5,29 @@ Legend: N packed tokens, S trained tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastrl.config import Config
+from fastrl.adapters import adapter_in_use, adapter_parameters, with_adapter
+from fastrl.config import Config, ModelConfig
 from fastrl.errors import InputError
+from fastrl.integrations.value_models import read_value_model
 from fastrl.methods.record import Choice, training_parameter
 from fastrl.packing import Plan
 from fastrl.phases import ValueTerms
 from fastrl.policy import Policy
+from fastrl.precision import frozen_dtype, store_weights, trained_dtype
 from fastrl.types import StepMetrics
 from fastrl.value_losses import TRAINING, VALUE_LOSSES, squared_error
 from fastrl_kernels.head import accumulation_dtype
+
+ADAPTER = "critic"
+"""Of a value model on the policy's base."""
 
 
 class ValueHead(nn.Module):
@@ -40,18 +48,25 @@ class ValueHead(nn.Module):
 
 
 class Critic(Protocol):
-    """A value model with what trains of it."""
+    """A value model."""
 
-    head: ValueHead
-    shares_layers: bool
-    """Whether its values are of the policy's own hidden states, so that they cost no pass."""
+    @property
+    def shares_layers(self) -> bool:
+        """Whether its values are of the policy's own hidden states, so that they cost no pass."""
+        ...
 
     @property
     def trained(self) -> nn.Module:
         """What its own optimizer steps."""
+        ...
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Around `values` and their backward pass."""
+        ...
 
     def values(self, plan: Plan, hidden_states: Tensor | None) -> Tensor:
         """(S,) before each trained token of the plan; hidden_states (N, D) of the policy."""
+        ...
 
 
 class SharedCritic:
@@ -59,18 +74,78 @@ class SharedCritic:
 
     shares_layers = True
 
-    def __init__(self, head: ValueHead) -> None:
-        self.head = head
+    def __init__(self, policy: Policy) -> None:
+        self.trained: nn.Module = new_head(policy.model, policy)
 
-    @property
-    def trained(self) -> nn.Module:
-        """The head; the layers are the policy's."""
-        return self.head
+    def in_use(self) -> AbstractContextManager[None]:
+        """See `Critic`."""
+        return nullcontext()
 
     def values(self, plan: Plan, hidden_states: Tensor | None) -> Tensor:
-        """(S,) before each trained token of the plan; hidden_states (N, D) of the policy."""
+        """See `Critic`."""
         assert hidden_states is not None
-        return self.head(hidden_states)[plan.source_index]
+        values: Tensor = self.trained(hidden_states)
+        return values[plan.source_index]
+
+
+class AdapterCritic:
+    """An adapter of its own with a head, on the frozen weights below the policy's adapter."""
+
+    shares_layers = False
+
+    def __init__(self, policy: Policy, lora: Mapping[str, Any], *, seed: int) -> None:
+        self.policy = policy
+        fields = {key: value for key, value in lora.items() if key != "modules_to_save"}
+        policy.model = with_adapter(policy.model, fields, seed=seed, name=ADAPTER)
+        parameters = list(adapter_parameters(policy.model, ADAPTER).values())
+        for parameter in parameters:
+            if parameter.dtype.itemsize < 4:  # updates would be lost to rounding
+                parameter.data = parameter.data.float()
+            parameter.requires_grad_(False)  # but in use: the policy's optimizer leaves it alone
+        self.head = new_head(policy.model, policy)
+        self.trained: nn.Module = nn.ModuleList([self.head, nn.ParameterList(parameters)])
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """See `Critic`; layers that are recomputed in the backward pass need the adapter too."""
+        return adapter_in_use(self.policy.model, ADAPTER)
+
+    def values(self, plan: Plan, hidden_states: Tensor | None) -> Tensor:
+        """See `Critic`; takes a pass of its own."""
+        values: Tensor = self.head(self.policy.hidden_states(plan))
+        return values[plan.source_index]
+
+
+class ModelCritic:
+    """A model of its own, of another size even, that reads the policy's tokens."""
+
+    shares_layers = False
+
+    def __init__(self, policy: Policy, config: ModelConfig, directory: Path) -> None:
+        found = read_value_model(directory, policy.tokenizer, dtype=trained_dtype(config.precision))
+        self.policy = policy
+        self.body = found.body.to(policy.device).train()
+        if config.gradient_checkpointing:
+            self.body.gradient_checkpointing_enable({"use_reentrant": False})
+        store_weights(
+            self.body, trained=trained_dtype(config.precision),
+            frozen=frozen_dtype(config.precision),
+        )  # fmt: skip
+        self.head = new_head(self.body, policy)
+        if found.head is not None:
+            with torch.no_grad():
+                self.head.weight.copy_(found.head)
+        self.trained: nn.Module = nn.ModuleList([self.head, self.body])
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """See `Critic`."""
+        return nullcontext()
+
+    def values(self, plan: Plan, hidden_states: Tensor | None) -> Tensor:
+        """See `Critic`; takes a pass of its own."""
+        with plan.attach(self.body, source_rows_only=True), self.policy.autocast():
+            states = self.body(**plan.inputs).last_hidden_state[0]
+        values: Tensor = self.head(states)
+        return values[plan.source_index]
 
 
 class ValueRecord(NamedTuple):
@@ -124,13 +199,21 @@ def value_metrics(records: Sequence[ValueRecord]) -> StepMetrics:
 
 def make_critic(config: Config, policy: Policy) -> Critic:
     """The value model that the configuration names, untrained."""
-    if config.critic.model != "head":
-        raise InputError(f"critic.model {config.critic.model!r} is not built yet; use 'head'")
-    return SharedCritic(new_head(policy.model, policy))
+    kind = config.critic.model
+    if kind == "head":
+        return SharedCritic(policy)
+    if kind == "lora":
+        if not config.model.lora:
+            raise InputError(
+                "critic.model = 'lora' puts an adapter on frozen weights, but without model.lora "
+                "the policy trains them; set model.lora, or critic.model = 'head' or a directory"
+            )
+        return AdapterCritic(policy, config.model.lora, seed=config.seed)
+    return ModelCritic(policy, config.model, Path(kind))
 
 
 def new_head(model: Any, policy: Policy) -> ValueHead:
     """A head for the hidden states of a model beside a policy."""
     hidden_size = model.config.get_text_config().hidden_size
-    dtype = accumulation_dtype(policy.lm_head.weight.dtype)
+    dtype = accumulation_dtype(policy.head_dtype)
     return ValueHead(hidden_size, device=policy.device, dtype=dtype)

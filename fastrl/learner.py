@@ -36,7 +36,8 @@ class Learner:
         self.critic_stepper: Stepper | None = None
         if critic is not None:
             rate = config.critic.learning_rate or rate
-            self.critic_stepper = make_stepper(config, critic.trained, rate, name="critic")
+            with critic.in_use():
+                self.critic_stepper = make_stepper(config, critic.trained, rate, name="critic")
         self.skipped_in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def make_stepper(config: Config, module: nn.Module, learning_rate: float, *, nam
     optimizer = make_optimizer(
         groups,
         optim,
-        precision=config.model.precision if is_policy else "float32",
+        precision=config.model.precision,
         seed=derive_seed(config.seed, "optimizer", name),
     )
     in_backward = optim.in_backward if is_policy else "off"

@@ -66,7 +66,10 @@ def token_statistics(
     found = linear_logps(hidden_states[rows], head, plan.target_ids, temperature=temperature)
     norms = torch.linalg.vector_norm(hidden_states, dim=1, dtype=found.logps.dtype)  # (N,)
     scale = head.logit_scale / temperature
-    values = None if critic is None else critic.values(plan, hidden_states)
+    values = None
+    if critic is not None:
+        with critic.in_use():
+            values = critic.values(plan, hidden_states)
     return TokenStatistics(found, (scale * norms[rows]).square(), values)
 
 
@@ -124,8 +127,9 @@ class PassBackward:
         if total is not None:
             _backward(total)
         if self.critic is not None and not self.critic.shares_layers:
-            value_loss, record = self._value_loss(index, None)
-            _backward(value_loss)
+            with self.critic.in_use():
+                value_loss, record = self._value_loss(index, None)
+                _backward(value_loss)
         self.losses.append(PassLosses(found, record))
 
     def _hidden_states(self, plan: Plan) -> Tensor | None:

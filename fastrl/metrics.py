@@ -106,6 +106,20 @@ def token_metrics(record: TokenRecord | None) -> StepMetrics:
     return metrics
 
 
+def kl_metrics(passes: Sequence[PackedPass]) -> StepMetrics:
+    """objective/kl: log-ratio of a completion to the reference, mean over those that are trained
+    (of the policy before the step; an estimate of the KL, which single batches may have below 0).
+    """
+    total, rows = 0.0, set()
+    for item in passes:
+        batch = item.batch
+        if batch.old_logps is None or batch.ref_logps is None:
+            return {}
+        total += float((batch.old_logps.double() - batch.ref_logps.double()).sum())
+        rows |= set(batch.completion_index.unique().tolist())
+    return {"objective/kl": total / len(rows)} if rows else {}
+
+
 def _clip_metrics(record: TokenRecord) -> StepMetrics:
     """Fractions that the surrogate stopped: upwards, downwards, and by a bound on bad tokens."""
     if record.advantages is None:

@@ -58,7 +58,7 @@ class Prepared(NamedTuple):
 
 def start_inputs(
     rollouts: Rollouts, rewards: Rewards, lengths: Tensor, *, max_completion_length: int,
-    progress: float, generator: torch.Generator | None = None,
+    progress: float, generator: torch.Generator | None = None, reward_scale: Tensor | None = None,
 ) -> StepInputs:  # fmt: skip
     """What is known before any token is looked at; lengths (B,) as the averages count them."""
     parts = [part.double().nan_to_num(0.0) for part in rewards.parts.values()]
@@ -71,6 +71,7 @@ def start_inputs(
         max_completion_length=max_completion_length,
         progress=torch.tensor(progress, dtype=torch.float64),
         generator=generator,
+        reward_scale=reward_scale,
         reward_parts=torch.stack(parts) if parts else None,
     )
 

@@ -18,6 +18,7 @@ from fastrl.config import Config
 from fastrl.critic import make_critic, value_metrics
 from fastrl.down_sampling import weigh_tokens
 from fastrl.encoding import encode_solution
+from fastrl.learner import Learner
 from fastrl.loss import token_statistics
 from fastrl.methods.adaptation import Adaptation
 from fastrl.methods.estimates import kept_prompts, rows_to_train
@@ -27,6 +28,7 @@ from fastrl.metrics import (
     GIB,
     Stopwatch,
     advantage_metrics,
+    kl_metrics,
     packing_metrics,
     peak_memory_bytes,
     record_tokens,
@@ -79,6 +81,8 @@ class Trainer:
         self.task = task
         self.method = method
         self.adaptation = Adaptation(method)
+        self.reward_scale: Tensor | None = None
+        """Standard deviation of all rewards so far, where the method divides by it."""
         self.reference = reference
         self.sampler = SamplingStage(config, policy, task, scorer, method)
         self.temperature = config.rollout.temperature
@@ -94,9 +98,14 @@ class Trainer:
         self.updater = Updater(config, policy, self.critic)
 
     @property
+    def learner(self) -> Learner:
+        """What a checkpoint has to keep beside the policy's weights."""
+        return self.updater.learner
+
+    @property
     def optimizer(self) -> torch.optim.Optimizer:
         """Of the policy."""
-        return self.updater.learner.stepper.optimizer
+        return self.learner.stepper.optimizer
 
     def train_step(self, step: int) -> StepOutput:
         """Step `step` (from 0): a function of weights, optimizer, seed, `step` and the stream."""
@@ -105,6 +114,7 @@ class Trainer:
         if sampled.is_empty:
             return StepOutput(self.skipped_metrics(step, sampled, watch), sampled)
         rollouts = sampled.trained.rollouts
+        self.reward_scale = self.adaptation.see(sampled.trained.rewards.total)
         inputs = self.inputs(rollouts, sampled.trained.rewards, step)
         packed = self.pack(rollouts, inputs)
         is_exact = self.sampler.is_current
@@ -145,6 +155,7 @@ class Trainer:
             max_completion_length=self.config.rollout.max_completion_length,
             progress=step / self.config.max_steps,
             generator=make_generator(torch.device("cpu"), self.config.seed, "method", step),
+            reward_scale=self.reward_scale,
         )
         return self.sampler.with_values(inputs, rollouts)
 
@@ -171,7 +182,7 @@ class Trainer:
                 max_tokens_per_pass=self.config.max_tokens_per_pass,
                 head_row_cost=self.head_row_cost,
                 device=self.policy.device,
-                dtype=accumulation_dtype(self.policy.lm_head.weight.dtype),
+                dtype=accumulation_dtype(self.policy.head_dtype),
             )
             if self.method.ratio_to_sampler:
                 passes = with_sampler_logps(passes)
@@ -213,6 +224,7 @@ class Trainer:
                 sampled.trained.rollouts, update.passes, update.measured, row_flops=self.row_flops
             ),
             **self.sampler.reward_metrics,
+            **kl_metrics(update.passes),
             **value_metrics(update.values),
             "skipped/non_finite": float(update.num_skipped),
             **(update.sampler_gap or {}),

@@ -81,6 +81,8 @@ def step_inputs(
         sum_p2=sum_p2,
         sum_p3=sum_p2.square(),
         squared_hidden_norms=(100 * uniform(len(index))).to(dtype),
+        values=uniform(len(index)).to(dtype),
+        reward_scale=torch.tensor(0.5, dtype=torch.float64),
     )
 
 

@@ -125,7 +125,7 @@ def test_defaults_are_for_functions_that_exist():
         ("grpo", {"loss": "dop"}, "did you mean 'dpo'?"),
         ("grpo", {"regulariser": "k4", "beta": 0.1}, "unknown objective.regulariser 'k4'"),
         ("scalerl", {}, "also needs asynchronous rollouts"),
-        ("ppo", {}, "also needs a critic"),
+        ("rto", {}, "also needs a model trained with DPO"),
         ("grpo", {"advantage": "generalized_advantages"}, "needs values, which takes a critic"),
         ("grpo", {"regulariser": "k2"}, "no effect with beta 0"),
         ("rloo", {"epsilon_low": 0.1}, "no effect on surrogate 'policy_gradient'"),
@@ -218,6 +218,7 @@ def only_compares(method: Method) -> bool:
     """Whether nothing but the rewards of a group moves the policy."""
     holds_back = {"log_likelihood", "mirror_descent", "kl_penalised_ratio"}
     plain = method.loss is None and method.reward_shaping is None and not method.penalties
+    plain = plain and method.value_loss is None
     return plain and method.surrogate.name not in holds_back
 
 

@@ -16,6 +16,7 @@ from fastrl.reward_shaping.divergences import (
     preference_tokens,
     root_chi_squared_penalised,
     teacher_penalised_tokens,
+    whitened_kl_penalised_tokens,
 )
 from fastrl.reward_shaping.lengths import (
     budgeted_cosine,
@@ -33,7 +34,9 @@ from fastrl.reward_shaping.outcomes import (
     ensemble_cautious,
     ensemble_mean,
     ensemble_worst,
+    running_scaled,
     tool_efficiency,
+    verified_or_unfinished,
     weighted_sum,
 )
 
@@ -74,6 +77,7 @@ def data(dtype=torch.float64) -> dict[str, object]:
         "budgets": torch.tensor([1, 2, 3, 4]),
         "num_calls": torch.tensor([0, 1, 2, 3]),
         "fewest_calls": torch.tensor([0, 1, 0, 1]),
+        "reward_scale": torch.tensor(0.5, dtype=dtype),
         "turns": torch.tensor([1, 2, 3, 3]),
         "num_turns": torch.tensor([3, 3, 3, 4]),
         "used_expensive": torch.tensor([True, False, True, False]),
@@ -96,6 +100,27 @@ def test_shaping_keeps_shape_dtype_and_inputs(name, dtype):
     assert torch.isfinite(shaped).all()
     for key, value in before.items():
         assert torch.equal(torch.as_tensor(inputs[key]), torch.as_tensor(value)), key
+
+
+def test_verified_or_unfinished():
+    finished = torch.tensor([True, True, False, False])
+    found = verified_or_unfinished(doubles(1, 0.5, 1, 0), finished)
+    assert found.tolist() == [10, 0, -10, -10]
+
+
+def test_running_scaled():
+    scale = torch.tensor(0.5, dtype=torch.float64)
+    assert running_scaled(doubles(1, -2, 100), scale).tolist() == [2, -4, 10]
+    assert running_scaled(doubles(1, -2, 100), scale, bound=3.0).tolist() == [2, -3, 3]
+
+
+def test_whitened_rewards_keep_their_mean():
+    rewards, old, ref = doubles(0, 1, 0, 0, 2), doubles(1, 2, 0, 1, 0), doubles(0, 0, 0, 3, 0)
+    plain = kl_penalised_tokens(rewards, old, ref, beta=0.1)
+    found = whitened_kl_penalised_tokens(rewards, old, ref, beta=0.1)
+    torch.testing.assert_close(found.mean(), plain.mean())
+    torch.testing.assert_close(found.std(), torch.ones((), dtype=torch.float64))
+    torch.testing.assert_close(found - found.mean(), (plain - plain.mean()) / plain.std())
 
 
 def test_clipped():

@@ -8,12 +8,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fastrl.controllers import AdaptiveKL, DoublingKL, TargetEntropy
+import torch
+from torch import Tensor
+
+from fastrl.controllers import AdaptiveKL, DoublingKL, RunningRewards, TargetEntropy
 from fastrl.errors import InputError, nearest
+from fastrl.methods.needs import requirements
 from fastrl.methods.record import Choice, Method
 
 ControllerState = dict[str, dict[str, float]]
 """Name of a controller -> what it remembers."""
+REWARDS = "running_rewards"
+"""What the state calls the statistics of all rewards so far."""
 
 
 class Controller(Protocol):
@@ -52,6 +58,27 @@ def _with_penalty_beta(method: Method, beta: float) -> Method:
     return dataclasses.replace(method, penalties=(dataclasses.replace(first, beta=beta), *others))
 
 
+def _reward_axis(method: Method) -> str:
+    """The axis whose choice subtracts a KL from the rewards."""
+    axes = ("token_reward_shaping", "reward_shaping")
+    for axis in axes:
+        choice = getattr(method, axis)
+        if choice is not None and "beta" in choice.parameters:
+            return axis
+    raise ValueError("expected a reward_shaping with a beta to move, got none")
+
+
+def _reward_beta(method: Method) -> float:
+    return float(getattr(method, _reward_axis(method)).parameters["beta"])
+
+
+def _with_reward_beta(method: Method, beta: float) -> Method:
+    axis = _reward_axis(method)
+    choice = getattr(method, axis)
+    changes: dict[str, Any] = {axis: Choice(choice.name, {**choice.parameters, "beta": beta})}
+    return dataclasses.replace(method, **changes)
+
+
 def _with_entropy_coef(method: Method, coefficient: float) -> Method:
     return dataclasses.replace(method, entropy_coef=coefficient)
 
@@ -62,8 +89,10 @@ CONTROLLERS: dict[str, Rule] = {
     ),
     "doubling_kl": Rule(DoublingKL, "old_kl/k3", _surrogate_beta, _with_surrogate_beta),
     "adaptive_kl": Rule(AdaptiveKL, "kl", _penalty_beta, _with_penalty_beta),
+    "adaptive_reward_kl": Rule(AdaptiveKL, "objective/kl", _reward_beta, _with_reward_beta),
 }
-"""doubling_kl moves the surrogate's beta, adaptive_kl that of the first regulariser."""
+"""doubling_kl moves the surrogate's beta, adaptive_kl that of the first regulariser,
+adaptive_reward_kl that of the rewards, by the KL of whole completions."""
 
 
 class Adaptation:
@@ -71,6 +100,7 @@ class Adaptation:
 
     def __init__(self, method: Method) -> None:
         self.controllers: dict[str, Any] = {}
+        self.rewards = RunningRewards() if "reward_scale" in requirements(method) else None
         for choice in method.controllers:
             if choice.name not in CONTROLLERS:
                 hint = nearest(choice.name, list(CONTROLLERS))
@@ -89,6 +119,15 @@ class Adaptation:
                     f"method {method.name!r}: controller {choice.name}: {error}"
                 ) from error
 
+    def see(self, rewards: Tensor) -> Tensor | None:
+        """() standard deviation of all rewards so far, these (B,) of a step included; None where
+        the method does not ask for it.
+        """
+        if self.rewards is None:
+            return None
+        self.rewards.update(rewards)
+        return self.rewards.std
+
     def update(self, method: Method, metrics: Mapping[str, float], num_completions: int) -> Method:
         """The method of the next step; a step that measured nothing moves nothing."""
         for name, controller in self.controllers.items():
@@ -105,10 +144,17 @@ class Adaptation:
 
     def state_dict(self) -> ControllerState:
         """What a checkpoint keeps."""
-        return {name: controller.state_dict() for name, controller in self.controllers.items()}
+        state = {name: controller.state_dict() for name, controller in self.controllers.items()}
+        if self.rewards is not None:
+            found = self.rewards.state_dict().items()
+            state[REWARDS] = {key: float(value) for key, value in found}
+        return state
 
     def load_state_dict(self, state: ControllerState, method: Method) -> Method:
         """Go on from a checkpoint; returns the method with the coefficients of that time."""
+        if self.rewards is not None and REWARDS in state:
+            saved = {k: torch.tensor(v, dtype=torch.float64) for k, v in state[REWARDS].items()}
+            self.rewards.load_state_dict(saved)
         for name, controller in self.controllers.items():
             if name not in state:
                 continue  # a checkpoint from before the first step

@@ -96,6 +96,7 @@ def check_sizes(
         max_completion_length=max_completion_length,
         progress=torch.zeros((), dtype=torch.float64),
         generator=torch.Generator(),
+        reward_scale=torch.ones((), dtype=torch.float64),
         reward_parts=rewards.expand(num_rewards, -1),
         ref_rewards=rewards,
         ref_groups=torch.arange(num_completions) // num_generations,

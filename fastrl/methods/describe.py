@@ -134,6 +134,7 @@ def besides(method: Method) -> dict[str, str]:
         "pairing": pairing_of(method),
         "entropy bonus": f"{method.entropy_coef:g}" if method.entropy_coef else "",
         "controllers": "; ".join(map(str, method.controllers)),
+        "value model": "learns from finished completions" if method.value_tokens != "all" else "",
         "old policy": "the sampler's log-probabilities" if method.ratio_to_sampler else "",
         "cut completions": "left out" if method.mask_truncated_completions else "",
         "advantages": "of the kept completions alone" if method.advantage_after_selection else "",

@@ -4,7 +4,6 @@ from fastrl.methods.record import Method, Penalty, use
 
 PPO = "PPO, arXiv:1707.06347"
 REINFORCE_PP = "REINFORCE++, arXiv:2501.03262"
-CRITIC = "a critic, for the value before each token"
 
 POLICY_GRADIENT = (
     Method(
@@ -60,29 +59,44 @@ POLICY_GRADIENT = (
         formula="-min(rho A, clip(rho, 0.8, 1.2) A),  A = whitened generalized advantage",
         reward_shaping=use("kl_penalised_tokens", beta=0.05),
         advantage=use("whitened_generalized_advantages"),
-        settings="1 to 4 epochs; values clipped to +-0.2; lambda 1 for long reasoning",
-        missing=CRITIC,
+        value_loss=use(
+            "clipped_squared_error", epsilon_value=0.2, value_coef=0.1, value_lambda=0.95
+        ),
+        settings="1 to 4 epochs of several mini-batches; gae_lambda and value_lambda 1 for long "
+        "reasoning; value_coef 0.1 to 0.5 on shared layers",
         unverified="beta of the token rewards' penalty, 0.001 to 0.05",
     ),
     Method(
         name="ppo_rlvr",
         source="Tulu 3, arXiv:2411.15124",
         formula="-min(rho A, clip(rho, 0.8, 1.2) A),  r = 10 where verified, -10 without an end",
-        reward_shaping=use("kl_penalised_tokens", beta=0.05),
+        reward_shaping=use("verified_or_unfinished"),
+        token_reward_shaping=use("kl_penalised_tokens", beta=0.05),
         advantage=use("whitened_generalized_advantages"),
-        settings="4 epochs, learning rate 3e-7, completions to 2048 tokens; beta 0.07 for 70B",
-        missing="a critic that starts from a reward model, and those rewards beside the penalty",
+        value_loss=use(
+            "clipped_squared_error", epsilon_value=0.2, value_coef=0.1, value_lambda=0.95
+        ),
+        settings="4 epochs, learning rate 3e-7, completions to 2048 tokens; beta 0.07 for 70B; "
+        "critic.model the directory of a reward model",
         unverified="reward 10, lambda 0.95, clip 0.2 and 4 epochs, from general knowledge",
     ),
     Method(
         name="ppo_max",
         source="Secrets of RLHF, arXiv:2307.04964",
         formula="-min(rho A, clip(rho, 0.8, 1.2) A),  r over its running spread, clipped to +-10",
-        reward_shaping=use("kl_penalised_tokens", beta=0.01),
+        reward_shaping=use("running_scaled", bound=10.0),
+        token_reward_shaping=use("kl_penalised_tokens", beta=0.01),
         advantage=use("generalized_advantages"),
-        settings="learning rate 5e-7, critic 1.5e-6, completions to 512 tokens, temperature 0.8",
-        missing="a critic that is trained first, and rewards over their running spread",
-        unverified="the training of the critic before the policy",
+        value_loss=use(
+            "clipped_squared_error",
+            epsilon_value=0.2,
+            value_coef=1.0,
+            value_lambda=0.95,
+            critic_warmup_steps=20,
+        ),
+        settings="learning rate 5e-7, critic 1.5e-6, completions to 512 tokens, temperature 0.8; "
+        "critic.model the directory of a reward model",
+        unverified="the training of the critic before the policy, and its 20 steps",
     ),
     Method(
         name="ppo_dualclip",

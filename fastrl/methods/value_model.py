@@ -1,8 +1,7 @@
-"""Methods whose advantages need a critic."""
+"""Methods that train a value model, beside PPO itself."""
 
 from fastrl.methods.record import Method, Penalty, use
 
-CRITIC = "a critic, for the value before each token"
 CLIPPED = "-min(rho A, clip(rho, 0.8, 1.2) A)"
 
 VALUE_MODEL = (
@@ -11,16 +10,22 @@ VALUE_MODEL = (
         source="Truncated PPO, arXiv:2506.15050",
         formula=f"{CLIPPED},  A = generalized advantage of a window of the completion",
         advantage=use("truncated_advantages"),
-        settings="windows of 8k tokens, limit 24k",
-        missing=f"{CRITIC}, and completions that go on in the next step",
-        unverified="the size of the windows",
+        ratio_to_sampler=True,
+        value_loss=use("squared_error", value_lambda=1.0),
+        value_tokens="finished",
+        settings="windows of 8k tokens, limit 24k; rollout.max_tokens_per_step is the window of "
+        "all completions together, trained on when the last one of their prompt has ended",
+        unverified="the size of the windows, and the loss of the values",
     ),
     Method(
         name="vc_ppo",
         source="VC-PPO, arXiv:2503.01491",
         formula=f"{CLIPPED},  A = generalized advantage with lambda 0.95, values with 1",
-        advantage=use("generalized_advantages"),
-        missing=f"{CRITIC}, trained before the policy",
+        advantage=use("generalized_advantages", gae_lambda=0.95),
+        value_loss=use(
+            "clipped_squared_error", epsilon_value=0.2, value_lambda=1.0, critic_warmup_steps=50
+        ),
+        settings="the value model is trained alone until its loss stays",
         unverified="all constants, from general knowledge",
     ),
     Method(
@@ -31,8 +36,10 @@ VALUE_MODEL = (
         advantage=use("length_adaptive_advantages"),
         surrogate=use("clipped_ratio", epsilon_high=0.28),
         penalties=(Penalty(use("negative_log_likelihood"), 0.1, use("correct_tokens")),),
+        value_loss=use(
+            "clipped_squared_error", epsilon_value=0.2, value_lambda=1.0, critic_warmup_steps=50
+        ),
         settings="512 prompts, 16 generations, learning rate 1e-6, critic 2e-6",
-        missing=f"{CRITIC}, trained before the policy",
         unverified="learning rates and 50 steps of the critic alone",
     ),
     Method(
@@ -41,8 +48,9 @@ VALUE_MODEL = (
         formula=f"{CLIPPED} - 0.01 entropy,  A discounted between actions, not inside them",
         advantage=use("action_level_advantages"),
         entropy_coef=0.01,
-        settings="learning rate 1e-6, critic 5e-5 with a Huber loss of 10",
-        missing=f"{CRITIC}, and environments that number the actions of an agent",
+        value_loss=use("huber_error", delta=10.0, value_lambda=0.95),
+        settings="learning rate 1e-6, critic 5e-5",
+        missing="environments that number the actions of an agent",
     ),
     Method(
         name="rto",
@@ -50,9 +58,11 @@ VALUE_MODEL = (
         formula=f"{CLIPPED},  token rewards clip(0.05 log(p_dpo / p_ref), -0.05, 0.05) - 0.01 "
         "log(p_old / p_ref), r within +-10 on the last token",
         reward_shaping=use("preference_tokens"),
+        token_reward_shaping=use("kl_penalised_tokens", beta=0.01),
         advantage=use("generalized_advantages"),
+        value_loss=use("clipped_squared_error", epsilon_value=0.2, value_lambda=0.95),
         settings="1024 completions, mini-batches of 128, learning rate 5e-7, critic 9e-6",
-        missing=f"{CRITIC}, a model trained with DPO, and the KL penalty beside its rewards",
+        missing="a model trained with DPO, and the bound of the rewards beside these two",
     ),
     Method(
         name="text2grad",
@@ -60,8 +70,10 @@ VALUE_MODEL = (
         formula=f"{CLIPPED},  rewards +1, 0, -1 on the spans that a critique names",
         reward_shaping=use("kl_penalised_tokens", beta=0.2),
         advantage=use("whitened_generalized_advantages"),
+        value_loss=use("clipped_squared_error", epsilon_value=0.2, value_lambda=0.95),
+        controllers=(use("adaptive_reward_kl", target=0.1),),
         settings="beta follows a KL of 0.1",
-        missing=f"{CRITIC}, and a feedback model that rewards spans",
+        missing="a feedback model that rewards spans",
     ),
     Method(
         name="dgpo",
@@ -69,8 +81,9 @@ VALUE_MODEL = (
         formula=f"{CLIPPED},  token rewards -0.001 log(p_old / p_teacher) where wrong",
         reward_shaping=use("teacher_penalised_tokens"),
         advantage=use("generalized_advantages", gae_lambda=1.0),
+        value_loss=use("clipped_squared_error", epsilon_value=0.2, value_lambda=1.0),
         settings="512 completions, mini-batches of 256, learning rate 1e-6, critic 1e-5",
-        missing=f"{CRITIC}, and a teacher",
+        missing="a teacher",
         unverified="discount and lambda of 1",
     ),
 )

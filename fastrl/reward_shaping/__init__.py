@@ -19,6 +19,7 @@ from fastrl.reward_shaping.divergences import (
     preference_tokens,
     root_chi_squared_penalised,
     teacher_penalised_tokens,
+    whitened_kl_penalised_tokens,
 )
 from fastrl.reward_shaping.lengths import (
     budgeted_cosine,
@@ -36,7 +37,9 @@ from fastrl.reward_shaping.outcomes import (
     ensemble_cautious,
     ensemble_mean,
     ensemble_worst,
+    running_scaled,
     tool_efficiency,
+    verified_or_unfinished,
     weighted_sum,
 )
 
@@ -55,6 +58,8 @@ REWARD_SHAPINGS: dict[str, Callable[..., Tensor]] = {
         maximum_length,
         history_length,
         budgeted_cosine,
+        verified_or_unfinished,
+        running_scaled,
         tool_efficiency,
         discounted_turns,
         cheap_mode,
@@ -66,5 +71,10 @@ REWARD_SHAPINGS: dict[str, Callable[..., Tensor]] = {
 }
 TOKEN_REWARD_SHAPINGS: dict[str, Callable[..., Tensor]] = {
     rule.__name__: rule
-    for rule in (kl_penalised_tokens, teacher_penalised_tokens, preference_tokens)
+    for rule in (
+        kl_penalised_tokens,
+        whitened_kl_penalised_tokens,
+        teacher_penalised_tokens,
+        preference_tokens,
+    )
 }

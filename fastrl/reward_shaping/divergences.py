@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastrl.advantages.statistics import whiten
 from fastrl.ragged import sums
 
 
@@ -29,6 +30,18 @@ def kl_penalised_tokens(
 ) -> Tensor:
     """Token reward - beta * (old_logp - ref_logp) (InstructGPT, arXiv:2203.02155)."""
     return token_rewards - beta * (old_logps - ref_logps)
+
+
+def whitened_kl_penalised_tokens(
+    token_rewards: Tensor, old_logps: Tensor, ref_logps: Tensor, *, beta: float = 0.05,
+    std_epsilon: float = 1e-8,
+) -> Tensor:  # fmt: skip
+    """kl_penalised_tokens over their standard deviation over all tokens of the step; their mean
+    stays (whiten_rewards of PPO trainers).
+    """
+    rewards = kl_penalised_tokens(token_rewards, old_logps, ref_logps, beta=beta)
+    mean = rewards.mean()
+    return whiten(rewards, std_epsilon=std_epsilon) + mean
 
 
 def teacher_penalised_tokens(

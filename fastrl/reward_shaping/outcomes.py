@@ -17,6 +17,24 @@ def clipped(rewards: Tensor, *, bound: float = 10.0) -> Tensor:
     return rewards.clamp(-bound, bound)
 
 
+def verified_or_unfinished(
+    rewards: Tensor, finished: Tensor, *, verified_reward: float = 10.0,
+    unfinished_reward: float = -10.0, pass_threshold: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """verified_reward where correct, else 0; unfinished_reward where the length limit cut it
+    (Tulu 3, arXiv:2411.15124).
+    """
+    correct = (rewards >= pass_threshold).to(rewards.dtype)
+    return torch.where(finished, verified_reward * correct, unfinished_reward)
+
+
+def running_scaled(rewards: Tensor, reward_scale: Tensor, *, bound: float = 10.0) -> Tensor:
+    """Rewards over their running standard deviation, between -bound and bound (PPO-max,
+    arXiv:2307.04964). The mean stays where it is.
+    """
+    return (rewards / reward_scale).clamp(-bound, bound)
+
+
 def tool_efficiency(
     rewards: Tensor,
     num_calls: Tensor,
