@@ -71,7 +71,7 @@ def streamed_copy(model: PreTrainedModel, device: torch.device) -> Any:
     made = {id(x): _on_cpu(x, pinned=device.type == "cuda") for x in away}
     found = copy.deepcopy(model, made).eval().requires_grad_(False)
     StreamedLayers(list(decoder_of(found).layers), device)
-    embedding = found.get_input_embeddings()
+    embedding = found.get_input_embeddings().cpu()  # some have a factor beside their weight
     embedding.register_forward_pre_hook(lambda _, inputs: tuple(x.cpu() for x in inputs))
     embedding.register_forward_hook(lambda _, inputs, output: output.to(device))
     return found
