@@ -16,9 +16,10 @@ from fastrl.errors import InputError
 from fastrl.integrations.chunked_mlp import chunk_mlps
 from fastrl.integrations.offload import MAX_LEAVING, Kept, offload_checkpoints
 from fastrl.packing import Plan, pack, pack_tree
-from fastrl.policy import Policy, load_policy
-from tests.helpers import random_ids, tiny_policy
+from fastrl.policy import Policy, load_policy, new_policy
+from tests.helpers import TEXTS, TINY, random_ids, tiny_policy
 from tests.test_activations import saved_bytes
+from tests.test_policy_memory import Census
 
 GPT2 = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "n_embd": 32, "n_head": 4,
         "n_layer": 2, "intermediate_size": 128}  # fmt: skip
@@ -77,6 +78,42 @@ def test_bytes_of_a_packed_token_with_mlps_in_chunks(model_type, bf16):
     assert 0.66 < estimated / measured < 1.5
     saved = 2 * (2 if bf16 else 4) * 3 * 48  # gate, up and their product at least, in two layers
     assert whole - measured >= saved
+
+
+def test_most_bytes_of_recomputed_layers_with_mlps_in_chunks():
+    """What a layer keeps while it runs backward is that of one chunk, not of the pass."""
+    num_tokens, chunk, width = 512, 32, 512
+    peaks = []
+    for size in (num_tokens, chunk):
+        policy = checkpointed(tiny_policy(intermediate_size=width, max_position_embeddings=1024))
+        chunk_mlps(policy.model, size)
+        plan = pack_tree(random_ids([num_tokens + 1]))
+        with Census() as census:
+            policy.hidden_states(plan).sum().backward()
+            peaks.append(census.peak)
+    saved = 3 * 4 * width * (num_tokens - chunk)  # gate, up and their product
+    assert peaks[0] - peaks[1] > saved
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "autocast", "split"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_bytes_of_a_packed_token_under_an_adapter(model_type, precision, load_in_4bit):
+    pytest.importorskip("peft")
+    if load_in_4bit:
+        pytest.importorskip("bitsandbytes")
+    wide = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16}
+    architecture = {"model_type": model_type, **TINY, **wide}
+    config = ModelConfig(
+        architecture=architecture, precision=precision, lora={"r": 4}, load_in_4bit=load_in_4bit
+    )
+    policy = new_policy(config, TEXTS, seed=0)
+    measured = (saved_bytes(policy, 112) - saved_bytes(policy, 48)) / 64
+    estimated = packed_token_bytes(
+        policy.model.config, bf16=policy.is_half, is_checkpointed=False,
+        has_bf16_stream=policy.has_bf16_stream,
+    )  # fmt: skip
+    assert 0.66 < estimated / measured < 1.5
 
 
 def test_a_chunked_model_is_saved_and_copied_as_any_other(tmp_path):
