@@ -14,8 +14,10 @@ from fastrl.config import Config
 from fastrl.config_io import objective_of
 from fastrl.down_sampling import check_scores
 from fastrl.errors import InputError
+from fastrl.integrations.schedules import make_schedule
 from fastrl.methods.checks import check_generations, check_sizes
 from fastrl.methods.resolve import resolve_method
+from fastrl.optim import check_optimizer
 from fastrl.packing import pack
 from fastrl.policy import Policy, load_policy, new_policy
 from fastrl.rewards import LocalScorer, RewardPool, Scorer, load_rewards
@@ -39,6 +41,8 @@ def build_trainer(config: Config, directory: Path | None = None) -> Trainer:
         num_rewards=len(config.rewards),
     )
     check_scores(method, method.scores_from)
+    check_optimizer(config)
+    make_schedule(config.optim, config.max_steps)
     longest = config.rollout.max_prompt_length + config.rollout.max_completion_length - 1
     if longest > config.max_tokens_per_pass:
         raise InputError(
@@ -95,11 +99,11 @@ def _task(config: Config) -> Task:
 
 def _policy(config: Config, task: Task, directory: Path | None) -> Policy:
     if directory is not None:
-        return load_policy(config.model, directory)
+        return load_policy(config.model, directory, seed=config.seed)
     if config.model.path is not None:
         if config.model.architecture:
             raise InputError("model.path and model.architecture exclude each other; remove one")
-        return load_policy(config.model, config.model.path)
+        return load_policy(config.model, config.model.path, seed=config.seed)
     if not config.model.architecture:
         raise InputError("no model given; set model.path or model.architecture")
     examples = [task.train_example(index) for index in range(TOKENIZER_SAMPLE)]

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastrl.errors import InputError
-from fastrl.policy import Policy
 from fastrl.whole_directory import problem_of, remove_partial, renamed_when_whole
 
 _NAME = re.compile(r"(warm-start|checkpoint)-(\d+)")
@@ -58,11 +57,25 @@ class TrainerState:
         return f"checkpoint-{self.step}"
 
 
+class Stateful(Protocol):
+    """What learns: optimizers, and a value model if there is one."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class Savable(Protocol):
+    """A policy or its reference."""
+
+    def save(self, directory: Path) -> None: ...
+
+
 def save_checkpoint(
-    run_directory: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainerState,
+    run_directory: Path, policy: Savable, learner: Stateful, state: TrainerState,
     carried: Mapping[str, Tensor] | None = None,
 ) -> Path:  # fmt: skip
-    """Write model, tokenizer, optimizer and state; the directory appears when it is whole.
+    """Write model, tokenizer, what learns and state; the directory appears when it is whole.
 
     carried: of partial rollouts, see `fastrl.carried.InFlight.state`.
     """
@@ -71,7 +84,7 @@ def save_checkpoint(
         return target  # a state is a function of the run and the step: what is there is the same
     with renamed_when_whole(target) as partial:
         policy.save(partial)
-        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+        torch.save(learner.state_dict(), partial / "optimizer.pt")
         if carried is not None:
             save_file(dict(carried), partial / "carried.safetensors")
         text = json.dumps(dataclasses.asdict(state), indent=2)
@@ -79,7 +92,7 @@ def save_checkpoint(
     return target
 
 
-def save_policy(directory: Path, policy: Policy) -> None:
+def save_policy(directory: Path, policy: Savable) -> None:
     """Write model and tokenizer to `directory`, whole or not at all, replacing what is there."""
     with renamed_when_whole(directory) as partial:
         policy.save(partial)
@@ -138,12 +151,11 @@ def load_carried(checkpoint: Path) -> dict[str, Tensor] | None:
         raise InputError(f"cannot restore the partial rollouts from {path}: {error}") from error
 
 
-def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Put the saved moments back into an optimizer over the same parameters."""
+def load_learner(checkpoint: Path, learner: Stateful) -> None:
+    """Give optimizers over the same parameters, and a value model, what they were saved with."""
     path = checkpoint / "optimizer.pt"
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(saved)
+        learner.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, ValueError, RuntimeError, EOFError, KeyError, UnpicklingError) as error:
         raise InputError(f"cannot restore the optimizer from {path}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""The command line: fastrl train | eval | score | methods | explain | tasks | doctor."""
+"""The command line: fastrl train | eval | score | merge | methods | explain | tasks | doctor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastrl.errors import InputError, nearest
+from fastrl.words import no_more, take_json_path, take_path, take_switch, take_value, take_values
 
 if TYPE_CHECKING:
     from fastrl.config import Config
@@ -26,6 +27,7 @@ commands:
   train ... --replay-rollouts DIR                       train on that instead of sampling
   eval RUN_OR_CONFIG [--FIELD VALUE ...] [--json PATH]  pass@k on the held-out prompts
   score RUN_OR_CONFIG --replay-rollouts DIR [--json PATH]  score saved rollouts once more
+  merge RUN DIRECTORY                                   a run's weights without an adapter
   methods [show NAME]                                   policy-optimisation methods and their axes
   explain [FIELD]                                       what a field of the config is
   tasks [WORD]                                          tasks to train on, with their parameters
@@ -66,13 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(words: list[str]) -> int:
-    overwrite = _take_switch(words, "--overwrite")
-    resume = _take_value(words, "--resume")
-    save = _take_path(words, "--save-rollouts")
-    replay = _take_path(words, "--replay-rollouts")
-    allowed = []
-    while (name := _take_value(words, "--allow-change")) is not None:
-        allowed.append(name)
+    overwrite = take_switch(words, "--overwrite")
+    resume = take_value(words, "--resume")
+    save = take_path(words, "--save-rollouts")
+    replay = take_path(words, "--replay-rollouts")
+    allowed = take_values(words, "--allow-change")
     if allowed and resume is None:
         raise InputError("--allow-change is for a run that is resumed; give --resume RUN")
     if resume is not None:
@@ -104,7 +104,7 @@ def _train(words: list[str]) -> int:
 
 
 def _eval(words: list[str]) -> int:
-    json_path = _take_json_path(words)
+    json_path = take_json_path(words)
     if {"-h", "--help"} & set(words):
         print(USAGE)
         return 0
@@ -130,8 +130,8 @@ def _eval(words: list[str]) -> int:
 
 
 def _score(words: list[str]) -> int:
-    json_path = _take_json_path(words)
-    directory = _take_path(words, "--replay-rollouts")
+    json_path = take_json_path(words)
+    directory = take_path(words, "--replay-rollouts")
     if {"-h", "--help"} & set(words):
         print(USAGE)
         return 0
@@ -153,9 +153,30 @@ def _score(words: list[str]) -> int:
     return 0
 
 
+def _merge(words: list[str]) -> int:
+    if len(words) != 2 or words[0].startswith("-") or words[1].startswith("-"):
+        raise InputError("give a run and a directory to write to: fastrl merge RUN DIRECTORY")
+    run_directory, target = Path(words[0]), Path(words[1])
+    if target.exists():
+        raise InputError(f"{target} exists; choose another directory")
+    config, _ = _run_or_config(words[:1], "fastrl merge RUN DIRECTORY")
+    _prepare_libraries()
+    from fastrl.checkpoint import newest_checkpoint
+    from fastrl.merging import save_merged
+    from fastrl.policy import load_policy
+
+    final = run_directory / "final"
+    directory = final if final.is_dir() else newest_checkpoint(run_directory).checkpoint
+    if directory is None:
+        raise InputError(f"{run_directory} has neither final nor a checkpoint to merge")
+    save_merged(load_policy(config.model, directory, seed=config.seed), target)
+    print(f"wrote {target}")
+    return 0
+
+
 def _methods(words: list[str]) -> int:
-    name = _take_value(words, "show")
-    _no_more(words)
+    name = take_value(words, "show")
+    no_more(words)
     from fastrl.methods.describe import lines, show
 
     print("\n".join(lines() if name is None else show(name)))
@@ -166,7 +187,7 @@ def _explain(words: list[str]) -> int:
     from fastrl.explain import explain
 
     name = words.pop(0) if words else ""
-    _no_more(words)
+    no_more(words)
     print("\n".join(explain(name)))
     return 0
 
@@ -175,7 +196,7 @@ def _tasks(words: list[str]) -> int:
     from fastrl.tasks import list_tasks
 
     word = words.pop(0) if words else ""
-    _no_more(words)
+    no_more(words)
     rows = [(task.name, task.parameters) for task in list_tasks() if word in task.name]
     if not rows:
         raise InputError(f"no task has {word!r} in its name; fastrl tasks lists all of them")
@@ -184,7 +205,7 @@ def _tasks(words: list[str]) -> int:
 
 
 def _doctor(words: list[str]) -> int:
-    _no_more(words)
+    no_more(words)
     from fastrl.doctor import examine
 
     _print_table(("what", "state"), examine(), title="fastrl doctor")
@@ -195,6 +216,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "score": _score,
+    "merge": _merge,
     "methods": _methods,
     "explain": _explain,
     "tasks": _tasks,
@@ -226,46 +248,8 @@ def _run_or_config(words: list[str], prog: str) -> tuple[Config, Path | None]:
     return _config(words, prog), run_directory
 
 
-def _take_path(words: list[str], name: str) -> Path | None:
-    value = _take_value(words, name)
-    return None if value is None else Path(value)
-
-
-def _take_json_path(words: list[str]) -> str | None:
-    path = _take_value(words, "--json")
-    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise InputError(f"--json {path}: expected a file in an existing directory")
-    return path
-
-
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _take_switch(words: list[str], name: str) -> bool:
-    found = name in words
-    if found:
-        words.remove(name)
-    return found
-
-
-def _take_value(words: list[str], name: str) -> str | None:
-    for index, word in enumerate(words):
-        if word.startswith(f"{name}="):
-            words[index : index + 1] = word.split("=", 1)
-    if name not in words:
-        return None
-    index = words.index(name)
-    if index + 1 >= len(words) or words[index + 1].startswith("-"):
-        raise InputError(f"{name} needs a value")
-    value = words[index + 1]
-    del words[index : index + 2]
-    return value
-
-
-def _no_more(words: list[str]) -> None:
-    if words:
-        raise InputError(f"unexpected argument {words[0]!r}; see fastrl --help")
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str) -> None:

@@ -17,6 +17,7 @@ from fastrl.methods.record import Choice
 from fastrl.packing import PackedPass, Plan
 from fastrl.phases import Prepared, TokenStatistics
 from fastrl.policy import Policy
+from fastrl.reference import Reference
 from fastrl.types import Batch
 from fastrl_kernels import LMHead, PolicyLoss, linear_logps, policy_loss
 from fastrl_kernels.objectives import Objective, Parameter
@@ -52,8 +53,8 @@ def measure(
 
 @torch.no_grad()
 def token_statistics(
-    policy: Policy, plan: Plan, temperature: float, hidden_states: Tensor | None = None, *,
-    critic: Critic | None = None,
+    policy: Policy | Reference, plan: Plan, temperature: float,
+    hidden_states: Tensor | None = None, *, critic: Critic | None = None,
 ) -> TokenStatistics:  # fmt: skip
     """What a policy thinks of the trained tokens, and what a value model does, without gradient.
 

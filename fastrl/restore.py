@@ -8,7 +8,7 @@ from fastrl.carried import in_flight_from
 from fastrl.checkpoint import TrainerState, load_carried, load_state
 from fastrl.errors import InputError
 from fastrl.methods.needs import requirements
-from fastrl.policy import load_policy
+from fastrl.reference import load_reference
 from fastrl.trainer import Trainer
 
 
@@ -35,5 +35,6 @@ def restore(trainer: Trainer, directory: Path, checkpoint: Path) -> TrainerState
                 f"{directory} has no reference policy: the run began without one; keep to a method "
                 "that needs none"
             )
-        trainer.reference = load_policy(config.model, directory / "reference").frozen_copy()
+        kind, path = config.model.reference, directory / "reference"
+        trainer.reference = load_reference(trainer.policy, kind, path)
     return state

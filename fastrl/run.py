@@ -9,13 +9,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastrl.assembly import build_trainer
 from fastrl.checkpoint import (
+    Stateful,
     TrainerState,
     load_carried,
-    load_optimizer,
+    load_learner,
     remove_old_checkpoints,
     save_checkpoint,
     save_policy,
@@ -29,6 +28,7 @@ from fastrl.held_out import evaluate_held_out
 from fastrl.methods.needs import requirements
 from fastrl.metrics import peak_memory_bytes
 from fastrl.progress import make_progress
+from fastrl.reference import make_reference
 from fastrl.replay import Recorder, Replay
 from fastrl.report import RunLog, draw_curve, write_summary
 from fastrl.restore import restore
@@ -42,7 +42,7 @@ from fastrl.run_directory import (
     starting_point,
 )
 from fastrl.stop_requests import stop_requests
-from fastrl.trainer import StepOutput, Trainer
+from fastrl.trainer import Trainer
 from fastrl.warm_start import WarmStart
 
 
@@ -74,7 +74,7 @@ def train(
     with closing(trainer.sampler.scorer):
         run = _prepare(config, run_directory, checkpoint, trainer)
         run.notes += notes
-        check_disk(run_directory, trainer.policy, config.save)
+        check_disk(run_directory, trainer, config.save)
         tokenizer = trainer.policy.tokenizer
         if replay_rollouts is not None:
             replay = Replay(replay_rollouts)
@@ -90,6 +90,7 @@ def train(
             if overwrite:
                 clear(run_directory)
             save_config(config, run_directory / "config.toml")
+            trainer.policy.save_base(run_directory)
             return run.execute()
 
 
@@ -143,23 +144,23 @@ class Run:
         """Supervised steps, then the evaluation that training is measured against."""
         phase = WarmStart(self.config, self.trainer)
         if self.checkpoint is not None:
-            load_optimizer(self.checkpoint, phase.optimizer)
+            load_learner(self.checkpoint, phase.stepper)
         for step in range(self.state.warm_start_step, self.config.warm_start.steps):
             started = time.perf_counter()
-            with self._kept(phase.optimizer):
+            with self._kept(phase.stepper):
                 loss = phase.train_step(step)
             self._advance(time.perf_counter() - started, warm_start_step=step + 1)
             self.progress.warm_start(step + 1, loss)
             if self.stop.requested:
-                self._interrupt(phase.optimizer)
-        before = self._evaluate(phase.optimizer)
+                self._interrupt(phase.stepper)
+        before = self._evaluate(phase.stepper)
         self.state = dataclasses.replace(self.state, pass_at_1_before=before.pass_at[1])
         if self.config.warm_start.steps:  # an engine may have kept a copy of earlier weights
-            with self._kept(phase.optimizer):
+            with self._kept(phase.stepper):
                 self._say(self.check_engine(0))
         self.checkpoint = None
         if self.config.save.save_steps:
-            self._save(self.trainer.optimizer)
+            self._save(self.trainer.learner)
 
     def _reference(self) -> None:
         """Freeze the policy that training starts from, where the method stays close to it."""
@@ -167,28 +168,28 @@ class Run:
         needs_reference = "ref_logps" in requirements(trainer.method)
         if not needs_reference or trainer.reference is not None:
             return
-        trainer.reference = trainer.policy.frozen_copy()
+        trainer.reference = make_reference(trainer.policy, self.config.model.reference)
         save_policy(self.directory / "reference", trainer.reference)
 
     def _train(self) -> Evaluation:
         config, trainer = self.config, self.trainer
         if self.checkpoint is not None:
-            load_optimizer(self.checkpoint, trainer.optimizer)
+            load_learner(self.checkpoint, trainer.learner)
         evaluation = None
         while self.state.step < config.max_steps and not self._is_stuck:
             self._step(self.state.step)
             step, evaluation = self.state.step, None
             if config.eval.eval_steps and step % config.eval.eval_steps == 0:
-                evaluation = self._evaluate(trainer.optimizer)
+                evaluation = self._evaluate(trainer.learner)
             is_best = self.state.best_step == step and bool(config.save.save_steps)
             if is_best or (config.save.save_steps and step % config.save.save_steps == 0):
-                self._save(trainer.optimizer)
+                self._save(trainer.learner)
             if self.stop.requested and step < config.max_steps:
-                self._interrupt(trainer.optimizer)
-        self._save(trainer.optimizer)
+                self._interrupt(trainer.learner)
+        self._save(trainer.learner)
         if self._is_stuck:
             self._say([f"no better pass@1 in {self.state.num_worse} evaluations: stopped early"])
-        return evaluation or self._evaluate(trainer.optimizer)
+        return evaluation or self._evaluate(trainer.learner)
 
     @property
     def _is_stuck(self) -> bool:
@@ -200,7 +201,7 @@ class Run:
         """Training step `step`, from 0, with all that is logged of it."""
         trainer, every = self.trainer, self.config.rollout.check_steps
         started = time.perf_counter()
-        with self._kept(trainer.optimizer):
+        with self._kept(trainer.learner):
             if every and step and step % every == 0:
                 self._say(self.check_engine(step))
             output = trainer.train_step(step)
@@ -218,9 +219,9 @@ class Run:
         self.log.step(step + 1, output)
         self.progress.step(step + 1, output.metrics)
 
-    def _evaluate(self, optimizer: torch.optim.Optimizer) -> Evaluation:
+    def _evaluate(self, learner: Stateful) -> Evaluation:
         """Held-out evaluation of the weights as they are now."""
-        with self._kept(optimizer):
+        with self._kept(learner):
             evaluation = evaluate_held_out(self.trainer, self.eval_prompts)
         self.state = self.state.judged(self.state.step, evaluation.pass_at[1])
         self.log.evaluation(self.state.step, evaluation)
@@ -228,14 +229,14 @@ class Run:
         return evaluation
 
     @contextmanager
-    def _kept(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def _kept(self, learner: Stateful) -> Iterator[None]:
         """If a reward fails in the block, which changes nothing before it has all of them, save."""
         try:
             yield
         except NotFiniteError:
             raise
         except InputError:
-            self._save(optimizer)
+            self._save(learner)
             raise
 
     def _say(self, notes: Sequence[str]) -> None:
@@ -252,17 +253,17 @@ class Run:
         total = self.state.train_seconds + seconds
         self.state = dataclasses.replace(self.state, train_seconds=total, **changes)
 
-    def _save(self, optimizer: torch.optim.Optimizer) -> Path:
+    def _save(self, learner: Stateful) -> Path:
         path = save_checkpoint(
-            self.directory, self.trainer.policy, optimizer, self.state, self.carried
+            self.directory, self.trainer.policy, learner, self.state, self.carried
         )
         # The weights that training starts from are not worth keeping as the best: they come again.
         best, keep = self.state.best_step or None, self.config.save.save_total_limit
         remove_old_checkpoints(self.directory, keep=keep, best=best)
         return path
 
-    def _interrupt(self, optimizer: torch.optim.Optimizer) -> None:
-        path = self._save(optimizer)
+    def _interrupt(self, learner: Stateful) -> None:
+        path = self._save(learner)
         raise Interrupted(
             f"stopped; continue with: fastrl train --resume {self.directory} (saved {path.name})"
         )

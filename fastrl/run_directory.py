@@ -13,11 +13,11 @@ from fastrl.checkpoint import Newest, newest_checkpoint, remove_old_checkpoints
 from fastrl.config import Config, SaveConfig
 from fastrl.config_io import RUN_MARK, as_paths
 from fastrl.errors import InputError, nearest
-from fastrl.policy import Policy
+from fastrl.trainer import Trainer
 
 RUN_FILES = ("config.toml", "metrics.jsonl", "completions.jsonl", "curve.png", "summary.json")
 LOCK = ".lock"
-RUN_FOLDERS = ("tensorboard", "reference", "final")
+RUN_FOLDERS = ("tensorboard", "reference", "base", "final")
 
 
 def starting_point(directory: Path, *, overwrite: bool, resume: bool) -> Newest:
@@ -123,20 +123,30 @@ def clear(directory: Path) -> None:
     remove_old_checkpoints(directory, keep=0)
 
 
-def check_disk(directory: Path, policy: Policy, save: SaveConfig) -> None:
+def check_disk(directory: Path, trainer: Trainer, save: SaveConfig) -> None:
     """A writable place with room for the checkpoints, the reference and the final weights."""
     existing = directory.absolute()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"cannot write to {directory}: {existing} is not a writable directory")
-    # The optimizer may keep less than two float32 moments; then less is written than is asked for.
-    weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
-    checkpoints = save.save_total_limit + 1 if save.save_steps else 1  # one more while writing
-    needed = (3 * checkpoints + 2) * weights + 2**24  # a checkpoint holds weights and two moments
+    parameters = list(trainer.policy.model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    saved = sum(parameter.nbytes for parameter in trained)
+    # Two float32 moments are the most that an optimizer keeps; a value model is as large at most.
+    checkpoint = saved + sum(8 * parameter.numel() for parameter in trained)
+    checkpoint += 0 if trainer.critic is None else 3 * _critic_bytes(trainer)
+    num_checkpoints = save.save_total_limit + 2 if save.save_steps else 1  # the best, and one more
+    base = sum(x.nbytes for x in parameters) if len(trained) < len(parameters) else 0
+    needed = num_checkpoints * checkpoint + 2 * saved + base + 2**24
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise InputError(
             f"not enough disk space for {directory}: {needed / 2**20:.0f} MiB needed, "
             f"{free / 2**20:.0f} MiB free; choose another --output-dir"
         )
+
+
+def _critic_bytes(trainer: Trainer) -> int:
+    assert trainer.critic is not None
+    return sum(parameter.nbytes for parameter in trainer.critic.trained.parameters())

@@ -16,6 +16,7 @@ from fastrl.optim import scale_learning_rate
 from fastrl.packing import pack_rollouts
 from fastrl.trainer import Trainer
 from fastrl.types import Rollouts
+from fastrl_kernels.head import accumulation_dtype
 
 
 class WarmStart:
@@ -58,7 +59,7 @@ class WarmStart:
             max_tokens_per_pass=self.config.max_tokens_per_pass,
             head_row_cost=self.trainer.head_row_cost,
             device=self.policy.device,
-            dtype=self.policy.lm_head.weight.dtype,
+            dtype=accumulation_dtype(self.policy.head_dtype),
         )
         losses = [0.0] * len(passes)
 
