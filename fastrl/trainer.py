@@ -40,6 +40,7 @@ from fastrl.mini_batches import MiniBatch, cut, only
 from fastrl.packing import PackedPass, pack_rollouts
 from fastrl.phases import start_inputs, with_sampler_logps
 from fastrl.policy import Policy
+from fastrl.reference import Reference
 from fastrl.rewards import Scorer
 from fastrl.sampler import Sampled, Scored
 from fastrl.sampling_stage import SamplingStage
@@ -74,13 +75,14 @@ class Trainer:
 
     def __init__(
         self, config: Config, policy: Policy, task: Task, scorer: Scorer, method: Method,
-        reference: Policy | None = None,
+        reference: Reference | None = None,
     ) -> None:  # fmt: skip
         self.config = config
         self.policy = policy
         self.task = task
         self.method = method
         self.adaptation = Adaptation(method)
+        self.last_sampled: Sampled | None = None
         self.reward_scale: Tensor | None = None
         """Standard deviation of all rewards so far, where the method divides by it."""
         self.reference = reference
@@ -111,6 +113,7 @@ class Trainer:
         """Step `step` (from 0): a function of weights, optimizer, seed, `step` and the stream."""
         watch = Stopwatch()
         sampled = self.sample(step, watch)
+        self.last_sampled = sampled
         if sampled.is_empty:
             return StepOutput(self.skipped_metrics(step, sampled, watch), sampled)
         rollouts = sampled.trained.rollouts
