@@ -33,7 +33,7 @@ def cases() -> list[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         found += _head_cases(dtype) + _product_cases(dtype) + _row_cases(dtype)
         found += _attention_cases(dtype) + _decode_cases(dtype) + _selection_cases(dtype)
-    return found + _shared_cases()
+    return found + _shared_cases() + _optimizer_cases()
 
 
 def _head_cases(dtype: torch.dtype) -> list[Case]:
@@ -336,3 +336,27 @@ def _shared_cases() -> list[Case]:
             {}, parameters=parameters(True),
         ),
     ]  # fmt: skip
+
+
+def _optimizer_cases() -> list[Case]:
+    from fastrl_kernels.adamw.kernel import NUM_WARPS, constants
+
+    found = []
+    for kept, in_8bit in itertools.product(("float32", "split", "stochastic"), (False, True)):
+        is_half = kept != "float32"
+        half = dict.fromkeys(("weights_ptr", "gradients_ptr", "remainders_ptr"), "*i16")
+        coded = {"first_ptr": "*i8", "second_ptr": "*u8"}
+        found.append(
+            Case(
+                f"AdamW ({kept} weights, {'8 bits' if in_8bit else 'float32'})",
+                "fastrl_kernels.adamw.kernel:adamw_kernel",
+                constants(kept=kept, half_gradients=is_half, in_8bit=in_8bit),
+                {**(half if is_half else {}), **(coded if in_8bit else {})},
+                (
+                    *(() if kept == "split" else ("remainders_ptr",)),
+                    *(() if in_8bit else ("first_scales_ptr", "second_scales_ptr")),
+                ),
+                num_warps=NUM_WARPS,
+            )
+        )
+    return found

@@ -29,7 +29,10 @@ POINTERS = {
     "row_ids_ptr": "*i64", "target_ids_ptr": "*i64", "argmax_ids_ptr": "*i64", "slots_ptr": "*i32",
     "count_ptr": "*i32", "active_count_ptr": "*i32", "clipped_ptr": "*i1",
 }  # fmt: skip
-FLOATS = ("lora_scale", "logit_scale", "softcap", "scale")
+FLOATS = (
+    "lora_scale", "logit_scale", "softcap", "scale", "decay", "rest1", "beta2", "rest2",
+    "step_size", "correction", "eps",
+)  # fmt: skip
 
 
 def load(name: Any) -> Any:

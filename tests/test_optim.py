@@ -10,8 +10,9 @@ import torch
 
 from fastrl.errors import InputError
 from fastrl.optim import LeanAdamW, join, parameter_groups, scale_learning_rate, split
-from fastrl.optim.random_bits import random_bits, rounding_key
-from fastrl.optim.weights import round_by_chance
+from fastrl.seeding import derive_seed
+from fastrl_kernels.adamw.random_bits import random_bits
+from fastrl_kernels.adamw.weights import round_by_chance
 
 SHAPES = ((63, 123), (257,), (1,), (5, 7, 3), (300, 401))
 ALL_STORES = [
@@ -130,7 +131,7 @@ def test_rounding_by_chance_is_unbiased():
     masters = torch.cat([masters, -masters, masters * 1e-3])
     total, num_seeds = torch.zeros(len(masters), dtype=torch.float64), 400
     for seed in range(num_seeds):
-        bits = random_bits(0, len(masters), rounding_key(seed, 1, 0, "weights"), masters.device)
+        bits = random_bits(0, len(masters), derive_seed(seed, "weights"), masters.device)
         rounded = round_by_chance(masters, bits)
         unit = torch.exp2(masters.abs().log2().floor() - 7)
         assert ((rounded.float() - masters).abs() < unit).all()  # to one of the two neighbours
@@ -164,7 +165,7 @@ def test_random_bits_are_even_and_unrelated():
     """Each bit is set half of the time, also given any other bit, step, parameter or neighbour."""
     count = 1 << 16
     streams = [
-        random_bits(start, count, rounding_key(0, step, parameter, purpose), torch.device("cpu"))
+        random_bits(start, count, derive_seed(0, purpose, parameter, step), torch.device("cpu"))
         for start, step, parameter, purpose in (
             (0, 1, 0, "weights"), (1, 1, 0, "weights"), (0, 2, 0, "weights"), (0, 1, 1, "weights"),
             (0, 1, 0, "moments"),

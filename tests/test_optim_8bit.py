@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.optim import LeanAdamW
-from fastrl.optim.blockwise import (
+from fastrl_kernels.adamw.blockwise import (
     BLOCK_SIZE,
     FIRST,
     SECOND,

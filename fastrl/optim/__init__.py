@@ -5,7 +5,7 @@ from fastrl.optim.lean import LeanAdamW
 from fastrl.optim.make import check_optimizer, make_optimizer
 from fastrl.optim.rates import parameter_groups, scale_learning_rate
 from fastrl.optim.stepper import InBackward, StepOutcome, Stepper
-from fastrl.optim.weights import join, split
+from fastrl_kernels.adamw import join, split
 
 __all__ = [
     "InBackward",

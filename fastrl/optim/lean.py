@@ -3,45 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastrl.errors import InputError
-from fastrl.optim.blockwise import BLOCK_SIZE
 from fastrl.optim.moments import STORES, MomentStore, Store, spans_of
-from fastrl.optim.random_bits import random_bits, rounding_key
-from fastrl.optim.weights import join, round_by_chance, split
+from fastrl.seeding import derive_seed
+from fastrl_kernels.adamw import Keys, Rates, adamw_step
+from fastrl_kernels.adamw.blockwise import BLOCK_SIZE
 
 WeightStore = Literal["float32", "split", "stochastic"]
+CHUNK_SIZES = {"cpu": 1 << 17, "cuda": 1 << 22}
+"""Elements at a time: what fits into a CPU's caches, and hides the latency of a GPU."""
 SMALL = 4096
 """Parameters with fewer elements have float32 moments: they are a thousandth of a model."""
-
-
-class Rates(NamedTuple):
-    """The numbers of one AdamW step (arXiv:1711.05101)."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    step: int  # from 1
-
-
-def adamw_(weights: Tensor, gradients: Tensor, first: Tensor, second: Tensor, rates: Rates) -> None:
-    """One step of AdamW in place, for float32 tensors of one shape.
-
-    The operations and their order are those of torch.optim.AdamW, so that the bits are too.
-    """
-    correction1 = 1 - rates.beta1**rates.step
-    correction2 = 1 - rates.beta2**rates.step
-    weights.mul_(1 - rates.lr * rates.weight_decay)
-    first.lerp_(gradients, 1 - rates.beta1)
-    second.mul_(rates.beta2).addcmul_(gradients, gradients, value=1 - rates.beta2)
-    denominator = second.sqrt().div_(correction2**0.5).add_(rates.eps)
-    weights.addcdiv_(first, denominator, value=-rates.lr / correction1)
 
 
 class LeanAdamW(torch.optim.Optimizer):
@@ -50,8 +28,8 @@ class LeanAdamW(torch.optim.Optimizer):
     weights: what happens to bfloat16 parameters. "split" keeps the 16 bits that they lack to
     float32 beside them, and trains as float32 would, to the bit; "stochastic" rounds by chance;
     "float32" has none. float32 parameters are stepped as they are in all three.
-    moments: "float32"; "8bit", see `fastrl.optim.blockwise`; "cpu", in float32, brought to the
-    parameter's device chunk by chunk.
+    moments: "float32"; "8bit", see `fastrl_kernels.adamw.blockwise`; "cpu", in float32, brought
+    to the parameter's device chunk by chunk.
 
     Chances are functions of (seed, step, parameter, element), so a resumed run draws the same.
     Options are those of this object, also after `load_state_dict`, which restores the state alone.
@@ -96,28 +74,23 @@ class LeanAdamW(torch.optim.Optimizer):
         assert (self.chunk_size or 0) % BLOCK_SIZE == 0, "chunks are whole blocks"
         store, state = self._state_of(parameter)
         state["step"] += 1
-        group, index, step = self._group_of[parameter], self._index[parameter], state["step"]
+        group, step = self._group_of[parameter], state["step"]
         beta1, beta2 = group["betas"]
         rates = Rates(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], step)
-        device = parameter.device
-
-        def draw(start: int, count: int) -> Tensor:
-            return random_bits(
-                start, count, rounding_key(self.seed, step, index, "moments"), device
-            )
-
-        stored = parameter.detach().view(-1)
+        labels = ("optimizer", self._index[parameter], step)
+        keys = Keys(*(derive_seed(self.seed, name, *labels) for name in ("moments", "weights")))
+        weights = parameter.detach().view(-1)
         gradients = parameter.grad.view(-1)
-        chunk_size = self.chunk_size or (1 << 22 if device.type == "cuda" else 1 << 17)
-        for span, first, second in store.walk(
-            state, spans_of(len(stored), chunk_size), device, draw
-        ):
-            gradient = gradients[span].float()
-            if scale != 1.0:
-                gradient = gradient * scale
-            masters = self._read(stored[span], state, span)
-            adamw_(masters, gradient, first, second, rates)
-            self._write(stored[span], masters, state, span, (step, index))
+        remainders = state.get("remainders")
+        device = parameter.device
+        spans = spans_of(len(weights), self.chunk_size or CHUNK_SIZES[device.type])
+        for span, moments in store.walk(state, spans, device):
+            adamw_step(
+                weights[span], gradients[span], moments, rates,
+                scale=scale, remainders=None if remainders is None else remainders[span],
+                start=span.start, keys=keys,
+            )  # fmt: skip
+        increment_version(parameter)  # which a kernel does not
 
     def _state_of(self, parameter: Tensor) -> tuple[Store, dict[str, Any]]:
         kind = "float32" if parameter.numel() < SMALL and self.moments == "8bit" else self.moments
@@ -129,27 +102,6 @@ class LeanAdamW(torch.optim.Optimizer):
                 shape, device = parameter.numel(), parameter.device
                 state["remainders"] = torch.zeros(shape, dtype=torch.int16, device=device)
         return STORES[kind], state
-
-    def _read(self, stored: Tensor, state: dict[str, Any], span: slice) -> Tensor:
-        """The float32 values of a span: the parameter's own memory where that is float32."""
-        if "remainders" in state:
-            return join(stored, state["remainders"][span])
-        return stored.float()
-
-    def _write(
-        self, stored: Tensor, masters: Tensor, state: dict[str, Any], span: slice,
-        when: tuple[int, int],
-    ) -> None:  # fmt: skip
-        if stored.dtype == torch.float32:
-            return  # masters are the parameter's own memory
-        if "remainders" in state:
-            weights, remainders = split(masters)
-            state["remainders"][span] = remainders
-            stored.copy_(weights)
-            return
-        key = rounding_key(self.seed, *when, "weights")
-        bits = random_bits(span.start, len(stored), key, stored.device)
-        stored.copy_(round_by_chance(masters, bits))
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: torch's own leaves out what this class adds."""

@@ -1,8 +1,7 @@
 """Where AdamW keeps its moments: in float32, in 8 bits, or on the CPU.
 
 A store is two functions: what a parameter's state starts as, and a walk over the state that hands
-out both moments of a span in float32 and, once the caller has changed them in place, puts them
-back.
+out the moments of a span and, once the caller has changed them in place, puts them back.
 """
 
 from __future__ import annotations
@@ -13,33 +12,25 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.optim.blockwise import (
-    decode_first,
-    decode_second,
-    encode_first,
-    encode_second,
-    num_blocks,
-)
+from fastrl_kernels.adamw import Moments
+from fastrl_kernels.adamw.blockwise import num_blocks
 
 MomentStore = Literal["float32", "8bit", "cpu"]
 State = dict[str, Tensor]
-Draw = Callable[[int, int], Tensor]
-"""(start, count) -> int32 random bits of these elements of the parameter."""
 
 
-class Moments(NamedTuple):
-    """Both moments of a span of a parameter, float32 on its device."""
+class Piece(NamedTuple):
+    """A span of a parameter with its moments on the parameter's device, to be changed in place."""
 
     span: slice
-    first: Tensor
-    second: Tensor
+    moments: Moments
 
 
 class Store(NamedTuple):
     """How moments are kept."""
 
     start: Callable[[int, torch.device], State]
-    walk: Callable[[State, Sequence[slice], torch.device, Draw], Iterator[Moments]]
+    walk: Callable[[State, Sequence[slice], torch.device], Iterator[Piece]]
 
 
 def spans_of(numel: int, chunk_size: int) -> list[slice]:
@@ -51,11 +42,9 @@ def _start_in_float32(numel: int, device: torch.device) -> State:
     return {name: torch.zeros(numel, device=device) for name in ("exp_avg", "exp_avg_sq")}
 
 
-def _walk_in_float32(
-    state: State, spans: Sequence[slice], device: torch.device, draw: Draw
-) -> Iterator[Moments]:
+def _walk_in_float32(state: State, spans: Sequence[slice], device: torch.device) -> Iterator[Piece]:
     for span in spans:
-        yield Moments(span, state["exp_avg"][span], state["exp_avg_sq"][span])
+        yield Piece(span, Moments(state["exp_avg"][span], state["exp_avg_sq"][span]))
 
 
 def _start_in_8bit(numel: int, device: torch.device) -> State:
@@ -68,23 +57,12 @@ def _start_in_8bit(numel: int, device: torch.device) -> State:
     }
 
 
-def _walk_in_8bit(
-    state: State, spans: Sequence[slice], device: torch.device, draw: Draw
-) -> Iterator[Moments]:
+def _walk_in_8bit(state: State, spans: Sequence[slice], device: torch.device) -> Iterator[Piece]:
     for span in spans:
         blocks = slice(num_blocks(span.start), num_blocks(span.stop))
-        names = ("exp_avg_codes", "exp_avg_sq_codes", "exp_avg_scales", "exp_avg_sq_scales")
-        codes1, codes2 = (state[name][span] for name in names[:2])
-        scales1, scales2 = (state[name][blocks] for name in names[2:])
-        moments = Moments(span, decode_first(codes1, scales1), decode_second(codes2, scales2))
-        yield moments
-        bits = draw(span.start, len(codes1))
-        for (codes, scales), found in (
-            ((codes1, scales1), encode_first(moments.first, (bits & 0xFFFF) * 2.0**-16)),
-            ((codes2, scales2), encode_second(moments.second, (bits >> 16 & 0xFFFF) * 2.0**-16)),
-        ):
-            codes.copy_(found[0])
-            scales.copy_(found[1])
+        codes = [state[name][span] for name in ("exp_avg_codes", "exp_avg_sq_codes")]
+        scales = [state[name][blocks] for name in ("exp_avg_scales", "exp_avg_sq_scales")]
+        yield Piece(span, Moments(*codes, *scales))
 
 
 def _start_on_cpu(numel: int, device: torch.device) -> State:
@@ -92,25 +70,21 @@ def _start_on_cpu(numel: int, device: torch.device) -> State:
     return {name: torch.zeros(numel, pin_memory=pinned) for name in ("exp_avg", "exp_avg_sq")}
 
 
-def _walk_on_cpu(
-    state: State, spans: Sequence[slice], device: torch.device, draw: Draw
-) -> Iterator[Moments]:
+def _walk_on_cpu(state: State, spans: Sequence[slice], device: torch.device) -> Iterator[Piece]:
     held = state["exp_avg"], state["exp_avg_sq"]
     if device.type == "cuda":
         yield from _streamed(held, spans, device)
         return
     for span in spans:
-        moments = Moments(
-            span, held[0][span].to(device, copy=True), held[1][span].to(device, copy=True)
-        )
-        yield moments
+        moments = Moments(*(part[span].to(device, copy=True) for part in held))
+        yield Piece(span, moments)
         held[0][span].copy_(moments.first)
         held[1][span].copy_(moments.second)
 
 
 def _streamed(
     held: tuple[Tensor, Tensor], spans: Sequence[slice], device: torch.device
-) -> Iterator[Moments]:
+) -> Iterator[Piece]:
     """While a span is computed with, the one before it is stored and the one after it loaded.
 
     Two buffers take turns, so that what is on the GPU is bounded however far the CPU runs ahead.
@@ -140,7 +114,7 @@ def _streamed(
             load(index + 1)
         slot, length = index % 2, span.stop - span.start
         computing.wait_event(loaded[index])
-        yield Moments(span, buffers[slot][0, :length], buffers[slot][1, :length])
+        yield Piece(span, Moments(buffers[slot][0, :length], buffers[slot][1, :length]))
         storing.wait_event(computing.record_event())
         with torch.cuda.stream(storing):
             for row, target in enumerate(held):

@@ -7,8 +7,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastrl.seeding import derive_seed
-
 
 def random_bits(start: int, count: int, key: int, device: torch.device) -> Tensor:
     """(count,) int32 of 32 random bits each: those of positions start, start + 1 and so on.
@@ -17,19 +15,14 @@ def random_bits(start: int, count: int, key: int, device: torch.device) -> Tenso
     keyed before and between them by the halves of `key`. The bits of a position are the same in
     whatever pieces they are asked for, on every device.
     """
-    bits = _positions(count, device) + _signed(start + (key >> 32))
+    bits = _positions(count, device) + signed(start + (key >> 32))
     bits ^= (bits >> 16) & 0xFFFF
-    bits *= _signed(0x7FEB352D)
+    bits *= signed(0x7FEB352D)
     bits ^= (bits >> 15) & 0x1FFFF
-    bits += _signed(key)
-    bits *= _signed(0x846CA68B)
+    bits += signed(key)
+    bits *= signed(0x846CA68B)
     bits ^= (bits >> 16) & 0xFFFF
     return bits
-
-
-def rounding_key(seed: int, step: int, parameter: int, purpose: str) -> int:
-    """The key of one parameter at one step; different purposes draw different bits."""
-    return derive_seed(seed, "optimizer", purpose, parameter, step)
 
 
 @lru_cache(maxsize=4)
@@ -37,7 +30,7 @@ def _positions(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, dtype=torch.int32, device=device)
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """The lowest 32 bits as the int32 that has them."""
     value &= 0xFFFFFFFF
     return value - (1 << 32) if value >> 31 else value
