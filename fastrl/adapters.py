@@ -83,7 +83,8 @@ def with_adapter(model: Any, lora: Mapping[str, Any], *, seed: int, name: str = 
     except (ValueError, TypeError) as error:
         if isinstance(fields["target_modules"], list | tuple):
             _check_targets(model, fields["target_modules"], [], "target_modules")
-        raise InputError(f"model.lora does not fit the model: {error}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"model.lora does not fit the model: {reason}") from error
     _check_names(model, fields, name)
     for parameter in adapter_parameters(model, name).values():
         parameter.requires_grad_(True)

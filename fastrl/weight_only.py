@@ -10,12 +10,14 @@ Legend: O rows of a weight, I columns.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastrl.errors import InputError
 from fastrl_kernels.nf4 import NF4Weight
 
 BLOCK = 64
@@ -82,17 +84,38 @@ def _codes_of_4_bits(scaled: Tensor) -> Tensor:
     return indices[::2] * 16 + indices[1::2]
 
 
+def linears_of(model: Any, *, skipped: Collection[str] = ()) -> list[tuple[nn.Module, str]]:
+    """Parent and name of every linear layer but the head, and but those of the skipped names.
+
+    InputError where the model's weights are mostly elsewhere, as experts in one tensor are.
+    """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and child not in ends
+    ]
+    inside = sum(getattr(parent, name).weight.numel() for parent, name in found)
+    at_ends = {id(x): x.numel() for end in ends for x in end.parameters()}
+    everything = sum(x.numel() for x in model.parameters())
+    if 2 * inside < everything - sum(at_ends.values()):
+        raise InputError(
+            f"only linear layers can be kept in 8 or 4 bits, but {type(model).__name__} has "
+            f"{inside / 1e6:.3g}M of its {everything / 1e6:.3g}M weights there; keep it in full"
+        )
+    return [(parent, name) for parent, name in found if name not in skipped]
+
+
 def weight_only_copy(model: Any, *, num_bits: int, dtype: torch.dtype) -> Any:
     """A frozen copy of a model: linear layers, the head apart, in few bits, the rest in `dtype`.
 
     Made layer by layer: there is no copy in full at any time.
     """
-    head = model.get_output_embeddings()
     made: dict[int, Any] = {}  # what deepcopy takes instead of copying
-    for module in model.modules():
-        if type(module) is nn.Linear and module is not head:
-            made[id(module)] = WeightOnlyLinear(module, num_bits=num_bits, dtype=dtype)
-    linears = [module for module in model.modules() if id(module) in made]
+    linears = [getattr(parent, name) for parent, name in linears_of(model)]
+    for linear in linears:
+        made[id(linear)] = WeightOnlyLinear(linear, num_bits=num_bits, dtype=dtype)
     skipped = {id(parameter) for module in linears for parameter in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in skipped:

@@ -300,6 +300,15 @@ def test_what_cannot_follow_and_what_cannot_be_restored(tmp_path):
         load_reference(policy, "copy", tmp_path / "reference")
 
 
+def test_models_whose_weights_are_not_in_linear_layers_are_not_rounded():
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    gpt2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "intermediate_size": 128}
+    for model_type, fields in (("qwen3_moe", experts), ("gpt2", gpt2)):
+        policy = tiny_policy(model_type=model_type, **fields)
+        with pytest.raises(InputError, match="only linear layers can be kept in 8 or 4 bits"):
+            make_reference(policy, "8bit")
+
+
 def test_a_rounded_copy_is_made_layer_by_layer():
     """The layers' weights are never there in full a second time."""
     policy = tiny_policy()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastrl.errors import InputError
+from fastrl.weight_only import linears_of
 
 BLOCK = 64
 """Consecutive values that share a factor."""
@@ -30,18 +31,10 @@ def quantise_linears(
     compute_dtype: of the products. skipped: last names of modules that are left as they are. Takes
     0.5 bytes a value, and about 0.016 for the factors of the blocks.
     """
-    head = model.get_output_embeddings()
-    found = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear and child is not head and name not in skipped
-    ]
-    for parent, name, child in found:
-        _check_width(name, child, device)
-        setattr(parent, name, _quantised(child, device, compute_dtype))
-    if not found:
-        raise InputError(f"{type(model).__name__} has no linear layers to keep in 4 bits")
+    for parent, name in linears_of(model, skipped=skipped):
+        linear = getattr(parent, name)
+        _check_width(name, linear, device)
+        setattr(parent, name, _quantised(linear, device, compute_dtype))
     model.is_loaded_in_4bit = True  # peft asks for this before it adapts a layer of 4 bits
 
 
