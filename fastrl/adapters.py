@@ -140,7 +140,7 @@ def adapter_parameters(model: Any, name: str = NAME) -> dict[str, nn.Parameter]:
     return {
         path: parameter
         for path, parameter in model.named_parameters()
-        if f".{name}." in path and (".lora_" in path or ".modules_to_save." in path)
+        if f".{name}." in f"{path}." and (".lora_" in path or ".modules_to_save." in path)
     }
 
 

@@ -78,10 +78,11 @@ def _merged(modules: dict[str, nn.Module], path: str, name: str, parameter: nn.P
     """One parameter, with what the adapter around it adds."""
     is_quantised = hasattr(parameter, "quant_state")
     weight = dequantised(modules[path]) if is_quantised else parameter.detach()
-    delta = None
-    if path.endswith(".base_layer") and name == "weight":
-        delta = _delta(modules[path.removesuffix(".base_layer")])
-    return weight if delta is None else weight.float() + delta
+    while path.endswith(".base_layer"):  # experts in one tensor have a wrapper for each tensor
+        path = path.removesuffix(".base_layer")
+        delta = _delta(modules[path], name)
+        weight = weight if delta is None else weight.float() + delta
+    return weight
 
 
 def _dtype_of_base(model: Any) -> torch.dtype:
@@ -94,8 +95,13 @@ def _dtype_of_base(model: Any) -> torch.dtype:
     )
 
 
-def _delta(layer: Any) -> Tensor | None:
-    """What the policy's adapter adds to the weight of its layer, in float32."""
+def _delta(layer: Any, parameter: str) -> Tensor | None:
+    """What the policy's adapter around a layer adds to one of its parameters, in float32."""
+    if getattr(layer, "parameter_name", "weight") != parameter:
+        return None
+    if hasattr(layer, "parameter_name") and NAME in layer.lora_A:
+        found: Tensor = layer.get_delta_weight(NAME)
+        return found.float()
     if NAME in getattr(layer, "lora_embedding_A", ()):
         a, b = layer.lora_embedding_A[NAME].float(), layer.lora_embedding_B[NAME].float()
         return (b @ a).T * layer.scaling[NAME]

@@ -209,6 +209,41 @@ def test_a_merged_weight_is_the_sum_rounded_once(tmp_path, tie, precision):
         assert torch.equal(logits, whole.model.float()(input_ids=ids).logits)
 
 
+SHAPES = {
+    "gpt2": ({"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "n_embd": 32, "n_head": 4,
+              "n_layer": 2}, {"r": 4}),
+    "qwen3_moe": ({**TINY, "num_experts": 4, "num_experts_per_tok": 2,
+                   "moe_intermediate_size": 24}, {"r": 4}),
+    "gemma2": ({**TINY, "query_pre_attn_scalar": 8}, {"r": 4, "use_rslora": True}),
+    "llama": (TINY, {"r": 4, "target_modules": ["embed_tokens", "q_proj"]}),
+    "qwen3": ({**TINY, "tie_word_embeddings": True}, {"r": 4, "modules_to_save": ["embed_tokens"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", SHAPES)
+def test_adapters_of_other_layers_are_restored_and_merged(tmp_path, model_type):
+    """Transposed weights, experts in one tensor, embeddings, ends that are tied."""
+    fields, lora = SHAPES[model_type]
+    if model_type == "qwen3_moe":
+        fields = {key: value for key, value in fields.items() if key != "head_dim"}
+    architecture = {"model_type": model_type, "vocab_size": 300, **fields}
+    config = config_of(lora=lora, architecture=architecture)
+    policy = new_policy(config, TEXTS, seed=0)
+    before = logps_of(policy)
+    trained(policy)
+    own = adapter_parameters(policy.model)
+    wanting = {name for name, x in policy.model.named_parameters() if x.requires_grad}
+    assert own.keys() == wanting
+    assert (logps_of(policy) - before).abs().max() > 0.1
+    policy.save_base(tmp_path)
+    policy.save(tmp_path / "checkpoint-1")
+    restored = load_policy(config, tmp_path / "checkpoint-1")
+    assert torch.equal(logps_of(restored), logps_of(policy))
+    save_merged(policy, tmp_path / "merged")
+    whole = load_policy(ModelConfig(), tmp_path / "merged")
+    torch.testing.assert_close(logps_of(whole), logps_of(policy), rtol=0, atol=5e-6)
+
+
 def test_merged_weights_of_4_bits_are_those_that_were_trained_with(tmp_path):
     pytest.importorskip("bitsandbytes")
     policy = trained(new_policy(config_of(load_in_4bit=True), TEXTS, seed=0))
