@@ -74,7 +74,7 @@ def cause_of(
             return Cause(
                 "dtype",
                 f"the engine's are those of a forward pass with {dtype}, but the trainer runs in "
-                "float32; set model.bf16 = true, let the engine run in float32, or set "
+                "float32; set model.precision = 'autocast', let the engine run in float32, or set "
                 "objective.rollout_correction",
             )
         rounding = f" ({dtype} would make {mean_gap(forward.logps, logps):.2g} nats)"
@@ -99,7 +99,9 @@ def _in_bfloat16(policy: Policy) -> Iterator[tuple[Policy, str]]:
     """
     if is_half(policy):
         return
-    yield Policy(policy.model, policy.tokenizer, bf16=True), "layers in bfloat16"
+    cast = policy.cast_lm_head_to_fp32
+    layers_only = Policy(policy.model, policy.tokenizer, bf16=True, cast_lm_head_to_fp32=cast)
+    yield layers_only, "layers in bfloat16"
     rounded = {
         id(tensor): torch.nn.Parameter(tensor.detach().bfloat16(), requires_grad=False)
         for tensor in policy.model.parameters()
@@ -200,7 +202,7 @@ def mean_gap(recorded: Tensor, logps: Tensor) -> float:
 
 def is_half(policy: Policy) -> bool:
     """Whether the trainer rounds to half precision."""
-    return policy.bf16 or policy.lm_head.weight.dtype in (torch.bfloat16, torch.float16)
+    return policy.is_half or policy.head_dtype in (torch.bfloat16, torch.float16)
 
 
 def shares_weights(engine: Engine) -> bool:

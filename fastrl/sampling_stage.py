@@ -82,7 +82,7 @@ class SamplingStage:
         """Whether what the engine records of a token is what the policy thinks of it now."""
         shares_weights = bool(getattr(self.engine, "shares_weights", False))
         is_partial = self.config.rollout.max_tokens_per_step is not None
-        return shares_weights and not is_partial and not self.policy.bf16
+        return shares_weights and not is_partial and not self.policy.is_half
 
     def check(self, method: Method, step: int) -> list[str]:
         """What there is to know of the engine; InputError if it does not sample from the policy.
