@@ -1,4 +1,4 @@
-"""The command line: fastrl train | eval | score | merge | methods | explain | tasks | doctor."""
+"""The command line: fastrl train | eval | score | vstar | merge | methods | explain | tasks | doctor."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ commands:
   train ... --replay-rollouts DIR                       train on that instead of sampling
   eval RUN_OR_CONFIG [--FIELD VALUE ...] [--json PATH]  pass@k on the held-out prompts
   score RUN_OR_CONFIG --replay-rollouts DIR [--json PATH]  score saved rollouts once more
+  vstar CONFIG.toml [--FIELD VALUE ...]                 sample what A*-PO knows of every prompt
   merge RUN DIRECTORY                                   a run's weights without an adapter
   methods [show NAME]                                   policy-optimisation methods and their axes
   explain [FIELD]                                       what a field of the config is
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(version("fastrl-llm"))
         return 0
     command = COMMANDS.get(words[0])
-    if words[0] not in ("train", "eval", "score") and {"-h", "--help"} & set(words):
+    if words[0] not in ("train", "eval", "score", "vstar") and {"-h", "--help"} & set(words):
         print(USAGE)
         return 0
     try:
@@ -153,6 +154,16 @@ def _score(words: list[str]) -> int:
     return 0
 
 
+def _vstar(words: list[str]) -> int:
+    config = _config(words, "fastrl vstar CONFIG.toml")
+    _prepare_libraries()
+    from fastrl.vstar import run_vstar
+
+    summary = run_vstar(config, on_batch=lambda progress: print(progress.line, flush=True))
+    print("\n".join(summary.lines))
+    return 0
+
+
 def _merge(words: list[str]) -> int:
     if len(words) != 2 or words[0].startswith("-") or words[1].startswith("-"):
         raise InputError("give a run and a directory to write to: fastrl merge RUN DIRECTORY")
@@ -216,6 +227,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "score": _score,
+    "vstar": _vstar,
     "merge": _merge,
     "methods": _methods,
     "explain": _explain,

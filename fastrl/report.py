@@ -10,9 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fastrl.checkpoint import TrainerState
 from fastrl.config import Config
 from fastrl.evaluate import Evaluation
-from fastrl.trainer import StepOutput
+from fastrl.metrics import peak_memory_bytes
+from fastrl.trainer import StepOutput, Trainer
 
 
 class RunLog:
@@ -70,6 +72,25 @@ class RunLog:
         self._metrics.flush()
         for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
+
+
+def results_of(state: TrainerState, trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
+    """What a run has come to; evaluation: of its last weights."""
+    seconds = state.train_seconds
+    return {
+        "pass_at_1_before": state.pass_at_1_before,
+        "pass_at_1_after": evaluation.pass_at[1],
+        "best_step": state.best_step,
+        "best_pass_at_1": state.best_pass_at_1,
+        "pass_at_k_after": {str(k): value for k, value in evaluation.pass_at.items()},
+        "train_seconds": seconds,
+        "steps": state.step,
+        "warm_start_steps": state.warm_start_step,
+        "num_tokens": state.num_tokens,
+        "tokens_per_second": state.num_tokens / seconds if seconds else 0.0,
+        "peak_memory_bytes": peak_memory_bytes(trainer.policy.device),
+        "num_parameters": trainer.policy.num_parameters,
+    }
 
 
 def write_summary(directory: Path, config: Config, results: Mapping[str, Any]) -> dict[str, Any]:

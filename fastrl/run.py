@@ -25,12 +25,12 @@ from fastrl.determinism import deterministic
 from fastrl.errors import InputError, NotFiniteError
 from fastrl.evaluate import Evaluation
 from fastrl.held_out import evaluate_held_out
+from fastrl.inspection import save_batch
 from fastrl.methods.needs import requirements
-from fastrl.metrics import peak_memory_bytes
 from fastrl.progress import make_progress
 from fastrl.reference import make_reference
 from fastrl.replay import Recorder, Replay
-from fastrl.report import RunLog, draw_curve, write_summary
+from fastrl.report import RunLog, draw_curve, results_of, write_summary
 from fastrl.restore import restore
 from fastrl.run_directory import (
     check_disk,
@@ -43,6 +43,7 @@ from fastrl.run_directory import (
 )
 from fastrl.stop_requests import stop_requests
 from fastrl.trainer import Trainer
+from fastrl.values.reference import ValueProgress
 from fastrl.warm_start import WarmStart
 
 
@@ -135,10 +136,13 @@ class Run:
             if self.state.pass_at_1_before is None:
                 self._warm_start()
             self._reference()
+            self._values()
             evaluation = self._train()
         save_policy(self.directory / "final", self.trainer.policy)
         draw_curve(self.directory)
-        return write_summary(self.directory, self.config, self._summary(evaluation))
+        return write_summary(
+            self.directory, self.config, results_of(self.state, self.trainer, evaluation)
+        )
 
     def _warm_start(self) -> None:
         """Supervised steps, then the evaluation that training is measured against."""
@@ -170,6 +174,21 @@ class Run:
             return
         trainer.reference = make_reference(trainer.policy, self.config.model.reference)
         save_policy(self.directory / "reference", trainer.reference)
+
+    def _values(self) -> None:
+        """What the method has to know of every prompt before it trains, where it has to."""
+        values = self.trainer.sampler.values
+        if values is None or values.is_ready:
+            return
+
+        def watch(progress: ValueProgress) -> None:
+            self.progress.note(progress.line)
+            if self.stop.requested:
+                self._interrupt(self.trainer.learner)
+
+        with self._kept(self.trainer.learner):
+            summary = values.prepare(watch)
+        self._say([] if summary is None else summary.lines)
 
     def _train(self) -> Evaluation:
         config, trainer = self.config, self.trainer
@@ -230,10 +249,16 @@ class Run:
 
     @contextmanager
     def _kept(self, learner: Stateful) -> Iterator[None]:
-        """If a reward fails in the block, which changes nothing before it has all of them, save."""
+        """If a reward fails in the block, which changes nothing before it has all of them, save.
+
+        Weights that have diverged are not worth saving, but what they met is.
+        """
         try:
             yield
-        except NotFiniteError:
+        except NotFiniteError as error:
+            if self.trainer.last_sampled is not None:
+                where = save_batch(self.directory, self.trainer)
+                raise NotFiniteError(f"{error}; the last batch is in {where}") from error
             raise
         except InputError:
             self._save(learner)
@@ -267,23 +292,6 @@ class Run:
         raise Interrupted(
             f"stopped; continue with: fastrl train --resume {self.directory} (saved {path.name})"
         )
-
-    def _summary(self, evaluation: Evaluation) -> dict[str, Any]:
-        seconds = self.state.train_seconds
-        return {
-            "pass_at_1_before": self.state.pass_at_1_before,
-            "pass_at_1_after": evaluation.pass_at[1],
-            "best_step": self.state.best_step,
-            "best_pass_at_1": self.state.best_pass_at_1,
-            "pass_at_k_after": {str(k): value for k, value in evaluation.pass_at.items()},
-            "train_seconds": seconds,
-            "steps": self.state.step,
-            "warm_start_steps": self.state.warm_start_step,
-            "num_tokens": self.state.num_tokens,
-            "tokens_per_second": self.state.num_tokens / seconds if seconds else 0.0,
-            "peak_memory_bytes": peak_memory_bytes(self.trainer.policy.device),
-            "num_parameters": self.trainer.policy.num_parameters,
-        }
 
 
 def _prepare(config: Config, directory: Path, checkpoint: Path | None, trainer: Trainer) -> Run:

@@ -17,7 +17,7 @@ from fastrl.trainer import Trainer
 
 RUN_FILES = ("config.toml", "metrics.jsonl", "completions.jsonl", "curve.png", "summary.json")
 LOCK = ".lock"
-RUN_FOLDERS = ("tensorboard", "reference", "base", "final")
+RUN_FOLDERS = ("tensorboard", "reference", "base", "not_finite", "final")
 
 
 def starting_point(directory: Path, *, overwrite: bool, resume: bool) -> Newest:
