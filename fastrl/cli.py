@@ -1,4 +1,4 @@
-"""The command line: fastrl train | eval | score | vstar | merge | methods | explain | tasks | doctor."""
+"""The command line: one function a command."""
 
 from __future__ import annotations
 

@@ -73,7 +73,10 @@ def train(
         refuse_own_input(run_directory, config)
     trainer = build_trainer(config, checkpoint)
     with closing(trainer.sampler.scorer):
-        run = _prepare(config, run_directory, checkpoint, trainer)
+        state = TrainerState()
+        if checkpoint is not None:
+            state = restore(trainer, run_directory, checkpoint)
+        run = Run(config, run_directory, trainer, state, checkpoint)
         run.notes += notes
         check_disk(run_directory, trainer, config.save)
         tokenizer = trainer.policy.tokenizer
@@ -292,10 +295,3 @@ class Run:
         raise Interrupted(
             f"stopped; continue with: fastrl train --resume {self.directory} (saved {path.name})"
         )
-
-
-def _prepare(config: Config, directory: Path, checkpoint: Path | None, trainer: Trainer) -> Run:
-    if checkpoint is None:
-        return Run(config, directory, trainer, TrainerState(), None)
-    state = restore(trainer, directory, checkpoint)
-    return Run(config, directory, trainer, state, checkpoint)

@@ -21,5 +21,5 @@ def test_values_are_sampled_once_and_trained_from(tmp_path, capsys):
     rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert len(rows) == 4
     assert all(row["grad_norm"] > 0 for row in rows)
-    assert main(["vstar", *words, "--method", "grpo"]) == 2
-    assert "method 'grpo' needs no values of prompts" in capsys.readouterr().err
+    assert main(["vstar", *words, "--method", "reinforce"]) == 2
+    assert "method 'reinforce' needs no values of prompts" in capsys.readouterr().err
