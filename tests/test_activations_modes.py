@@ -171,6 +171,30 @@ def test_inputs_that_were_away_give_the_same_gradient(model_type):
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_inputs_that_were_away_give_an_adapter_the_same_gradient(load_in_4bit):
+    """With chunks too: the first layer's input wants no gradient, and comes back all the same."""
+    pytest.importorskip("peft")
+    if load_in_4bit:
+        pytest.importorskip("bitsandbytes")
+    wide = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "num_hidden_layers": 4}
+    config = ModelConfig(
+        architecture={"model_type": "qwen3", **TINY, **wide}, lora={"r": 4}, mlp_chunk_size=9,
+        load_in_4bit=load_in_4bit, gradient_checkpointing=True,
+    )  # fmt: skip
+    found = []
+    for offloads in (False, True):
+        policy = new_policy(config, TEXTS, seed=0)
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.02)
+        if offloads:
+            offload_checkpoints(policy.model.get_base_model(), torch.device("cpu"))
+        found.append(hidden_and_gradients(policy))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(found[0]) == 1 + 4 * 7 * 2
+
+
 def test_two_passes_may_be_under_way():
     policy = checkpointed(tiny_policy(num_hidden_layers=4))
     expected = hidden_and_gradients(policy)

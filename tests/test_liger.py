@@ -40,6 +40,7 @@ interpreter._implicit_cvt = scalars_too
 if device == "cpu":  # which knows no functions of CUDA's library
     import liger_kernel.ops.rms_norm as norms
     norms.rsqrt = lambda x: tl.rsqrt(x)  # which the interpreter puts there anew
+from fastrl.integrations.chunked_mlp import chunk_mlps
 from fastrl.integrations.liger import use_liger_kernel
 from fastrl.packing import pack
 from fastrl.policy import Policy
@@ -74,6 +75,10 @@ with torch.no_grad():
         parameter.zero_()
 again = Policy(copied, plain.tokenizer).hidden_states(plan.to(fused.device))
 assert torch.equal(again[plan.source_index].detach().cpu(), found[1][0])
+chunk_mlps(copied, 4)
+chunked = Policy(copied, plain.tokenizer).hidden_states(plan.to(fused.device))
+torch.testing.assert_close(chunked.detach().cpu(), again.detach().cpu(), rtol=1e-4, atol=1e-5)
+assert {type(m).__name__[:7] for m in copied.modules() if "MLP" in type(m).__name__} == {"Chunked"}
 theirs = Policy(untouched, plain.tokenizer).hidden_states(plan)
 assert torch.equal(theirs[plan.source_index].detach(), found[0][0])
 """
