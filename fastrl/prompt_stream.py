@@ -40,6 +40,10 @@ class PromptStream:
         self.history: dict[str, list[int]] = {}  # prompt -> completions that passed, and all
         self.leaves_out: Callable[[Example], bool] | None = None
         """Prompts that are never asked, by their values; None: there are none."""
+        self.choose: Callable[[int, int], Sequence[int]] | None = None
+        """Indices of so many prompts, after so many others; None: the next ones of the task."""
+        self.tracked: dict[str, dict[str, Any]] = {}
+        """What is remembered of prompts that were asked, see `fastrl.values.success_rates`."""
         self.values_key: str | None = None
         """Where the rewards of reference completions are kept; None: nowhere yet."""
 
@@ -50,6 +54,10 @@ class PromptStream:
 
     def draw(self, num_prompts: int) -> Drawn:
         """The next examples of the task whose prompt is not solved, nor left out by its values."""
+        if self.choose is not None:
+            chosen = tuple(self.choose(num_prompts, self.cursor))
+            self.cursor += num_prompts
+            return Drawn([self.task.train_example(index) for index in chosen], chosen)
         examples: list[Example] = []
         indices: list[int] = []
         skipped = 0
@@ -105,14 +113,19 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON."""
-        state = {"cursor": self.cursor, "history": dict(self.history)}
-        return state if self.values_key is None else {**state, "values": self.values_key}
+        state: dict[str, Any] = {"cursor": self.cursor, "history": dict(self.history)}
+        if self.values_key is not None:
+            state["values"] = self.values_key
+        if self.tracked:
+            state["tracked"] = dict(self.tracked)
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another stream over the same task was."""
         self.cursor = state["cursor"]
         self.history = dict(state["history"])
         self.values_key = state.get("values")
+        self.tracked = dict(state.get("tracked", {}))
 
 
 def _key(example: Example) -> str:

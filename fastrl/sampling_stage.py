@@ -195,7 +195,11 @@ class SamplingStage:
         watch.lap("score")
         passed = rewards.total >= self.config.eval.pass_threshold
         self.stream.record(rollouts.prompts.examples, passed.view(len(rollouts.prompts), -1))
-        return Scored(rollouts, texts, rewards)
+        scored = Scored(rollouts, texts, rewards)
+        if self.values is not None:
+            self.values.observe(scored, step)
+            watch.lap("values")
+        return scored
 
     def _next_prompts(self, num_prompts: int) -> tuple[Prompts, tuple[int, ...]]:
         """The next prompts and their indices among the task's training examples."""

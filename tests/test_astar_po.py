@@ -16,6 +16,7 @@ from fastrl.metrics import Stopwatch
 from fastrl.report import read_metrics
 from fastrl.run import train
 from fastrl.trainer import Trainer
+from fastrl.values.reference import value_keys
 from fastrl.values.store import ValueStore
 from fastrl.vstar import run_vstar
 from tests.helpers_updates import make_exact
@@ -70,7 +71,7 @@ def written_out(trainer, reference, rewards_of):
         with torch.no_grad():
             ref_logps = token_distributions(reference, prompt, completion, 0.8)
         picked = (logps - ref_logps).gather(1, completion[:, None]).sum()
-        (key,) = trainer.sampler.values.keys(trainer.encode([rollouts.prompts.examples[b]]))
+        (key,) = value_keys(trainer.encode([rollouts.prompts.examples[b]]), trainer.task)
         value = 0.5 * math.log(math.fsum(math.exp(2 * r) for r in rewards_of[key]) / 8)
         total = total + (1e-3 * picked + value - rewards[b]).square() / len(rewards)
         entropies.append(-(logps.exp() * logps).sum(dim=1))
@@ -183,7 +184,7 @@ def test_prompts_that_are_never_solved_are_left_out(tmp_path):
     asked = []
     for step in range(4):
         sampled = trainer.sample(step, Stopwatch())
-        asked += trainer.sampler.values.keys(sampled.trained.rollouts.prompts)
+        asked += value_keys(sampled.trained.rollouts.prompts, trainer.task)
         indices = trainer.sampler.recorded[0].indices
         examples = [trainer.task.train_example(index).prompt for index in indices]
         assert examples == [x.prompt for x in sampled.trained.rollouts.prompts.examples]
@@ -216,6 +217,6 @@ def test_aapo_compares_with_one_reference_completion_each(tmp_path):
     trainer.sampler.values.prepare()
     sampled = trainer.sample(0, Stopwatch()).trained
     inputs = trainer.inputs(sampled.rollouts, sampled.rewards, 0)
-    keys = trainer.sampler.values.keys(sampled.rollouts.prompts)
+    keys = value_keys(sampled.rollouts.prompts, trainer.task)
     assert inputs.ref_rewards.tolist() == [reward for key in keys for reward in found[key]]
     assert not METHODS["aapo"].missing

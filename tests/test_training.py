@@ -38,6 +38,7 @@ def tiny_config(output_dir, **changes) -> Config:
         rewards=(f"{Path(__file__).parent / 'helpers.py'}:checksum", "task"),
         reward_workers=0,
         output_dir=str(output_dir),
+        values_dir=f"{output_dir}-values",
         max_steps=4,
         prompts_per_step=3,
         max_tokens_per_pass=128,

@@ -129,9 +129,9 @@ GROUP_RELATIVE = (
         source="SPO, arXiv:2509.13232",
         formula=f"{CLIPPED_HIGHER}, for A < 0 at most 10 |A|,  A = whitened r - pass rate so far",
         advantage=use("baseline_whitened"),
+        prompt_values=use("success_rates"),
         surrogate=DUAL_CLIP_HIGHER,
         settings="1 generation, learning rate 1e-6; prompts drawn by sqrt(v (1 - v)) + 0.05",
-        missing="a running estimate of every prompt's success, which also draws the prompts",
     ),
     Method(
         name="sfpo",

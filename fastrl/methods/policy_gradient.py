@@ -34,7 +34,8 @@ POLICY_GRADIENT = (
         formula="-min(rho A, clip(rho, 0.8, 1.2) A),  A = R - R of the greedy completion",
         reward_shaping=use("kl_penalised", beta=0.05),
         advantage=use("baseline_centred"),
-        missing="one greedy completion of every prompt",
+        prompt_values=use("greedy_completion"),
+        settings="1 generation and a greedy one",
         unverified="beta of the reward's penalty",
     ),
     Method(

@@ -25,7 +25,7 @@ from fastrl.policy import Policy
 from fastrl.prompt_stream import PromptStream
 from fastrl.rewards import Scorer
 from fastrl.rollout import Engine, Sampling
-from fastrl.sampler import generate_while_scoring
+from fastrl.sampler import Scored, generate_while_scoring
 from fastrl.seeding import make_generator
 from fastrl.tasks import Task
 from fastrl.tasks.prompt import prompt_start
@@ -109,9 +109,15 @@ OnBatch = Callable[[ValueProgress], None]
 class ReferenceValues:
     """Rewards of N reference completions of every prompt that the run meets."""
 
-    def __init__(self, stage: Stage, settings: ReferenceRollouts, *, draws_more: bool) -> None:
-        """draws_more: steps may ask for more than prompts_per_step prompts."""
+    def __init__(
+        self, stage: Stage, settings: ReferenceRollouts, *, draws_more: bool,
+        pool: range | None = None,
+    ) -> None:  # fmt: skip
+        """draws_more: steps may ask for more than prompts_per_step prompts. pool: indices of those
+        that they may ask at all; None: the next ones of the task.
+        """
         self.stage = stage
+        self.pool = pool
         self.draws_more = draws_more
         num_samples = settings.num_samples or stage.config.rollout.num_generations
         if settings.min_solved > num_samples:
@@ -148,7 +154,7 @@ class ReferenceValues:
         num_sampled = num_failed = 0
         try:
             for prompts in self._windows(store):
-                keys = self.keys(prompts)
+                keys = value_keys(prompts, stage.task)
                 seen.update(keys)
                 unknown = [
                     index for index, key in enumerate(keys)
@@ -183,13 +189,8 @@ class ReferenceValues:
             seconds=time.perf_counter() - started,
         )
 
-    def keys(self, prompts: Prompts) -> list[str]:
-        """What each prompt is stored under."""
-        has_verifier = self.stage.task.has_verifier
-        return [
-            value_key(ids, example, has_verifier=has_verifier)
-            for ids, example in zip(prompts.token_ids, prompts.examples, strict=True)
-        ]
+    def observe(self, scored: Scored, step: int) -> None:
+        """Nothing: the reference does not change."""
 
     def leaves_out(self, example: Example) -> bool:
         """Whether the reference solved the prompt too rarely to train on it."""
@@ -210,7 +211,9 @@ class ReferenceValues:
     def _rewards(self, prompts: Prompts) -> list[tuple[float, ...]]:
         assert self.store is not None, "prepare comes first"
         found = []
-        for key, example in zip(self.keys(prompts), prompts.examples, strict=True):
+        for key, example in zip(
+            value_keys(prompts, self.stage.task), prompts.examples, strict=True
+        ):
             if key not in self.store:
                 raise InputError(
                     f"there are no rewards of reference completions for the prompt "
@@ -257,18 +260,19 @@ class ReferenceValues:
         """The prompts that the run meets, in its order; all of a file, if it may meet them."""
         stage = self.stage
         wanted = stage.config.max_steps * stage.config.prompts_per_step
-        first, size = stage.stream.first, stage.stream.epoch_size
+        first, size, pool = stage.stream.first, stage.stream.epoch_size, self.pool
         if size is not None and (wanted >= size or self.min_solved or self.draws_more):
-            first -= first % size  # an epoch has them all
-            for start in range(first, first + size, WINDOW):
-                yield self._encoded(range(start, min(start + WINDOW, first + size)))
+            pool = pool or range(first - first % size, first - first % size + size)
+        if pool is not None:
+            for start in range(0, len(pool), WINDOW):
+                yield self._encoded(pool[start : start + WINDOW])
             return
         num_usable = num_skipped = 0
         while num_usable < wanted:
             prompts = self._encoded(range(first, first + min(WINDOW, wanted - num_usable)))
             yield prompts
             first += len(prompts)
-            rows = [store.rewards[key] for key in self.keys(prompts)]
+            rows = [store.rewards[key] for key in value_keys(prompts, stage.task)]
             num_kept = sum(self._num_passed(row) >= self.min_solved for row in rows)
             num_usable += num_kept
             num_skipped = 0 if num_kept else num_skipped + len(rows)
@@ -281,6 +285,14 @@ class ReferenceValues:
 
     def _encoded(self, indices: range) -> Prompts:
         return self.stage.encode([self.stage.task.train_example(index) for index in indices])
+
+
+def value_keys(prompts: Prompts, task: Task) -> list[str]:
+    """What each prompt is known under."""
+    return [
+        value_key(ids, example, has_verifier=task.has_verifier)
+        for ids, example in zip(prompts.token_ids, prompts.examples, strict=True)
+    ]
 
 
 def _cannot_sample(directory: Path, example: Example) -> InputError:

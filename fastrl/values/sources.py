@@ -9,8 +9,12 @@ from fastrl.methods.axes import AXES
 from fastrl.methods.inputs import StepInputs
 from fastrl.methods.needs import requirements
 from fastrl.methods.record import Method
+from fastrl.sampler import Scored
 from fastrl.types import Prompts, StepMetrics
+from fastrl.values.greedy import GreedyBaselines
+from fastrl.values.kinds import GreedyCompletion, SuccessRates
 from fastrl.values.reference import OnBatch, ReferenceValues, Stage, ValueSummary
+from fastrl.values.success_rates import TrackedRates
 
 
 class PromptValues(Protocol):
@@ -23,6 +27,10 @@ class PromptValues(Protocol):
 
     def prepare(self, on_batch: OnBatch | None = None) -> ValueSummary | None:
         """What has to be known before the first step."""
+        ...
+
+    def observe(self, scored: Scored, step: int) -> None:
+        """What a round of completions shows of its prompts; called before `inputs` asks for it."""
         ...
 
     def inputs(self, inputs: StepInputs, prompts: Prompts) -> StepInputs:
@@ -41,6 +49,10 @@ def make_values(method: Method, stage: Stage) -> PromptValues | None:
         return None
     settings = AXES["prompt_values"][choice.name](**choice.parameters)
     draws_more = method.dynamic_sampling or method.max_pass_rate is not None
+    if isinstance(settings, GreedyCompletion):
+        return GreedyBaselines(stage)
+    if isinstance(settings, SuccessRates):
+        return TrackedRates(stage, settings, draws_more=draws_more)
     values = ReferenceValues(stage, settings, draws_more=draws_more)
     num_samples, num_generations = values.sampling.num_generations, stage.sampling.num_generations
     one_each = "ref_rewards" in requirements(method) and "ref_groups" not in requirements(method)
