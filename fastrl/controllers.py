@@ -122,6 +122,43 @@ class TargetEntropy:
         self.coefficient = state["coefficient"]
 
 
+class EntropyBreak:
+    """A coefficient that becomes 0 for good where the entropy breaks out (SFPO, arXiv:2510.04072).
+
+    The entropy of a step, in nats a token, is compared with the `window` steps before it: at
+    `threshold` standard deviations from their mean or beyond, the coefficient is 0 from then on.
+    """
+
+    def __init__(self, coefficient: float, *, window: int = 10, threshold: float = 2.0) -> None:
+        if window < 2 or not threshold > 0:
+            raise ValueError(
+                f"expected a window of 2 steps or more and a threshold above 0, got {window} and "
+                f"{threshold}"
+            )
+        self.coefficient = coefficient
+        self.window = window
+        self.threshold = threshold
+        self.entropies: list[float] = []
+
+    def update(self, entropy: float) -> float:
+        """The coefficient from here on."""
+        _check_finite("entropy", entropy)
+        if len(self.entropies) == self.window:
+            past = torch.tensor(self.entropies, dtype=torch.float64)
+            if abs(entropy - float(past.mean())) >= self.threshold * float(past.std()):
+                self.coefficient = 0.0
+        self.entropies = [*self.entropies, entropy][-self.window :]
+        return self.coefficient
+
+    def state_dict(self) -> dict[str, float]:
+        past = {str(index): entropy for index, entropy in enumerate(self.entropies)}
+        return {"coefficient": self.coefficient, **past}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.coefficient = state["coefficient"]
+        self.entropies = [state[str(index)] for index in range(len(state) - 1)]
+
+
 class RunningRewards:
     """Mean and standard deviation of all rewards so far, to bring them to one scale
     (PPO-max, arXiv:2307.04964).

@@ -17,7 +17,7 @@ from fastrl.adapters import adapter_in_use, adapter_parameters, with_adapter
 from fastrl.config import Config, ModelConfig
 from fastrl.errors import InputError
 from fastrl.integrations.value_models import read_value_model
-from fastrl.methods.record import Choice, training_parameter
+from fastrl.methods.record import Choice, Method, training_parameter
 from fastrl.packing import Plan
 from fastrl.phases import ValueTerms
 from fastrl.policy import Policy
@@ -210,6 +210,17 @@ def make_critic(config: Config, policy: Policy) -> Critic:
             )
         return AdapterCritic(policy, config.model.lora, seed=config.seed)
     return ModelCritic(policy, config.model, Path(kind))
+
+
+def check_critic(config: Config, method: Method) -> None:
+    """Raise InputError for a warm-up of the value model that leaves the policy no step."""
+    assert method.value_loss is not None
+    steps = round(training_parameter(method.value_loss, "critic_warmup_steps"))
+    if steps >= config.max_steps:
+        raise InputError(
+            f"method {method.name!r} trains the value model alone for {steps} steps, but max_steps "
+            f"is {config.max_steps}; raise it, or set objective.parameters.critic_warmup_steps"
+        )
 
 
 def new_head(model: Any, policy: Policy) -> ValueHead:

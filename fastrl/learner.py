@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastrl.config import Config
 from fastrl.critic import Critic
-from fastrl.errors import NotFiniteError
+from fastrl.errors import InputError, NotFiniteError
 from fastrl.integrations.schedules import make_schedule
 from fastrl.optim import Stepper, make_optimizer, parameter_groups, scale_learning_rate
 from fastrl.policy import Policy
@@ -39,6 +39,21 @@ class Learner:
             with critic.in_use():
                 self.critic_stepper = make_stepper(config, critic.trained, rate, name="critic")
         self.skipped_in_a_row = 0
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Those of the policy that are trained."""
+        return [p for group in self.stepper.optimizer.param_groups for p in group["params"]]
+
+    def copy_of_weights(self) -> list[Tensor]:
+        """Where a step begins, to come back to."""
+        if self.config.model.precision in ("split", "stochastic"):
+            raise InputError(
+                "a method that moves weights back needs them as they are, but model.precision "
+                f"{self.config.model.precision!r} keeps a part of them elsewhere; use float32 or "
+                "autocast"
+            )
+        return [weight.detach().clone() for weight in self.weights]
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on besides the policy's weights."""

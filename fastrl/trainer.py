@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastrl.activations import head_row_cost
 from fastrl.config import Config
-from fastrl.critic import make_critic, value_metrics
+from fastrl.critic import check_critic, make_critic, value_metrics
 from fastrl.down_sampling import weigh_tokens
 from fastrl.encoding import encode_solution
 from fastrl.learner import Learner
@@ -50,6 +50,7 @@ from fastrl.selection import counted_lengths
 from fastrl.tasks import Task
 from fastrl.types import Example, Prompts, Rewards, Rollouts, StepMetrics
 from fastrl.update import Packed, Update, Updater
+from fastrl.weight_moves import REFERENCE_UPDATES
 from fastrl_kernels.head import accumulation_dtype
 
 
@@ -96,6 +97,7 @@ class Trainer:
         self.row_flops = row_flops(policy.model)
         self.critic = None
         if method.value_loss is not None:
+            check_critic(config, method)
             self.critic = make_critic(config, policy)
         self.updater = Updater(config, policy, self.critic)
 
@@ -123,10 +125,20 @@ class Trainer:
         is_exact = self.sampler.is_current
         update = self.updater.update(packed, step, sampler_is_exact=is_exact)
         watch.lap("train")
+        self._move_reference(step)
         metrics = self.metrics(step, sampled, update, watch)
         num_completions = len(rollouts.completion_ids)
         self.method = self.adaptation.update(self.method, metrics, num_completions)
         return StepOutput(metrics, sampled)
+
+    def _move_reference(self, step: int) -> None:
+        """Let the reference follow the policy, where the method says so and when."""
+        choice = self.method.reference_update
+        if choice is None or self.reference is None:
+            return
+        share = REFERENCE_UPDATES[choice.name](step, **choice.parameters)
+        if share:
+            self.reference.update(self.policy, share)
 
     def sample(self, step: int, watch: Stopwatch) -> Sampled:
         """P prompts with scored completions, others for those that the selection leaves out."""

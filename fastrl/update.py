@@ -16,6 +16,7 @@ from fastrl.critic import Critic, ValueRecord
 from fastrl.errors import NotFiniteError
 from fastrl.learner import Learner
 from fastrl.loss import NOT_MEASURED, Measured, PassBackward, measure
+from fastrl.methods.axes import hyper_parameters_of
 from fastrl.methods.inputs import StepInputs
 from fastrl.methods.needs import estimates_from_tokens, looks_past_tokens, needs_view
 from fastrl.methods.record import Method, training_parameter
@@ -35,6 +36,7 @@ from fastrl.rollout_check import sampler_gap
 from fastrl.savings import Work, work_of
 from fastrl.seeding import make_generator
 from fastrl.types import StepMetrics
+from fastrl.weight_moves import reposition
 from fastrl_kernels import PolicyLoss
 
 
@@ -100,12 +102,17 @@ class Updater:
         if not parts:
             return result
         generator = make_generator(torch.device("cpu"), self.config.seed, "mini_batches", step)
-        orders = [drawn_order(len(parts), generator) for _ in range(self.config.num_iterations)]
+        fast_steps, way_back = look_ahead(method)
+        num_iterations = fast_steps + 1 if fast_steps else self.config.num_iterations
+        orders = [drawn_order(len(parts), generator) for _ in range(num_iterations)]
+        start = self.learner.copy_of_weights() if fast_steps else []
         first = orders[0][0]
         inputs, parts, view = self._before(packed, parts, first, sampler_is_exact=sampler_is_exact)
         gap: StepMetrics = {}
         num_skipped = 0
         for iteration, order in enumerate(orders):
+            if fast_steps and iteration == fast_steps:
+                reposition(self.learner.weights, start, way_back=way_back)
             done = []
             for number in order:
                 is_first = iteration == 0 and number == first
@@ -184,7 +191,7 @@ class Updater:
         """The part that was trained first with what its own policy thought of it, dropped tokens
         included: the next iteration may pick them.
         """
-        if self.config.num_iterations == 1 or part.passes[0].batch.old_logps is not None:
+        if part.passes[0].batch.old_logps is not None:
             return part
         if view.statistics:
             logps = [found.logps for found in view.statistics]
@@ -223,6 +230,16 @@ class Updater:
             loss=step_loss(ready, losses) if losses else 0.0,
             grad_norm=norm,
         )
+
+
+def look_ahead(method: Method) -> tuple[int, float]:
+    """Fast iterations before the last one and the way back in between; 0 and 0.0 for none."""
+    if method.look_ahead is None:
+        return 0, 0.0
+    known = hyper_parameters_of("look_ahead", method.look_ahead.name)
+    found = {**known, **method.look_ahead.parameters}
+    way_back = float(found["way_back"])
+    return (int(found["fast_steps"]), way_back) if way_back else (0, 0.0)
 
 
 def critic_warmup_steps(method: Method) -> int:

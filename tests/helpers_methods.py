@@ -21,8 +21,12 @@ from fastrl.methods.inputs import StepInputs
 from fastrl.methods.needs import estimates_from_tokens
 from fastrl_kernels.objectives import TokenLosses, evaluate
 
-SIZES = {"dapo": {"cache": 4.0}}
-"""Numbers of methods that are published for completions of thousands of tokens."""
+SIZES = {
+    "dapo": {"cache": 4.0},
+    **{name: {"critic_warmup_steps": 0} for name in ("ppo_max", "vc_ppo", "vapo")},
+}
+"""Numbers of methods that are published for completions of thousands of tokens, and for runs of
+hundreds of steps."""
 
 
 def small_method(name: str) -> Method:

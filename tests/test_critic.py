@@ -210,6 +210,8 @@ def test_a_reward_model_brings_its_head(tmp_path):
 def test_what_cannot_be_a_value_model_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"without model\.lora the policy trains them"):
         trainer_of("lora")
+    with pytest.raises(InputError, match="alone for 50 steps, but max_steps is 4"):
+        build_trainer(tiny_config("unused", method="vapo"))
     with pytest.raises(InputError, match=r"has no config\.json"):
         trainer_of(str(tmp_path / "nowhere"))
     tiny_policy().save(tmp_path)

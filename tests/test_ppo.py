@@ -17,6 +17,7 @@ from fastrl.sampler import Scored
 from fastrl.seeding import make_generator
 from fastrl.types import Rewards
 from tests.helpers import random_rollouts
+from tests.helpers_methods import SIZES
 from tests.helpers_updates import make_exact
 from tests.test_training import tiny_config
 
@@ -34,7 +35,7 @@ def made_trainer(method: str, *, seed: int = 0, **changes):
     """In float64, with a head that already says something."""
     config = tiny_config(
         "unused", method=method, prompts_per_step=P, critic=CriticConfig(learning_rate=RATE),
-        **changes,
+        objective={"parameters": SIZES.get(method, {})}, **changes,
     )  # fmt: skip
     trainer = build_trainer(config)
     make_exact(trainer, learning_rate=RATE)
@@ -47,9 +48,6 @@ def made_trainer(method: str, *, seed: int = 0, **changes):
     with torch.no_grad():
         for parameter in trainer.reference.model.parameters():
             parameter.mul_(1.02)
-    value_loss = trainer.method.value_loss
-    without = {k: v for k, v in value_loss.parameters.items() if k != "critic_warmup_steps"}
-    trainer.method = dataclasses.replace(trainer.method, value_loss=use(value_loss.name, **without))
     return trainer
 
 

@@ -11,7 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastrl.controllers import AdaptiveKL, DoublingKL, RunningRewards, TargetEntropy
+from fastrl.controllers import (
+    AdaptiveKL,
+    DoublingKL,
+    EntropyBreak,
+    RunningRewards,
+    TargetEntropy,
+)
 from fastrl.errors import InputError, nearest
 from fastrl.methods.needs import requirements
 from fastrl.methods.record import Choice, Method
@@ -58,6 +64,16 @@ def _with_penalty_beta(method: Method, beta: float) -> Method:
     return dataclasses.replace(method, penalties=(dataclasses.replace(first, beta=beta), *others))
 
 
+def _way_back(method: Method) -> float:
+    return float(method.look_ahead.parameters["way_back"]) if method.look_ahead else 0.0
+
+
+def _with_way_back(method: Method, way_back: float) -> Method:
+    assert method.look_ahead is not None
+    parameters = {**method.look_ahead.parameters, "way_back": way_back}
+    return dataclasses.replace(method, look_ahead=Choice(method.look_ahead.name, parameters))
+
+
 def _reward_axis(method: Method) -> str:
     """The axis whose choice subtracts a KL from the rewards."""
     axes = ("token_reward_shaping", "reward_shaping")
@@ -89,6 +105,7 @@ CONTROLLERS: dict[str, Rule] = {
     ),
     "doubling_kl": Rule(DoublingKL, "old_kl/k3", _surrogate_beta, _with_surrogate_beta),
     "adaptive_kl": Rule(AdaptiveKL, "kl", _penalty_beta, _with_penalty_beta),
+    "entropy_break": Rule(EntropyBreak, "entropy", _way_back, _with_way_back),
     "adaptive_reward_kl": Rule(AdaptiveKL, "objective/kl", _reward_beta, _with_reward_beta),
 }
 """doubling_kl moves the surrogate's beta, adaptive_kl that of the first regulariser,
@@ -159,6 +176,6 @@ class Adaptation:
             if name not in state:
                 continue  # a checkpoint from before the first step
             controller.load_state_dict(state[name])
-            (value,) = state[name].values()
-            method = CONTROLLERS[name].write(method, value)
+            coefficient = next(iter(state[name].values()))  # what else there is belongs to the rule
+            method = CONTROLLERS[name].write(method, coefficient)
         return method

@@ -20,11 +20,18 @@ from fastrl.sequence_surrogates import SEQUENCE_SURROGATES
 from fastrl.token_weights import TOKEN_WEIGHTS
 from fastrl.value_losses import TRAINING, VALUE_LOSSES
 from fastrl.values.kinds import PROMPT_VALUES
+from fastrl.weight_moves import LOOK_AHEADS, REFERENCE_UPDATES
 from fastrl_kernels.objectives import REGULARISERS, SURROGATES, Regulariser
 from fastrl_kernels.objectives.source import arguments_of
 
 Function = Callable[..., Any]
 
+BESIDE: dict[str, tuple[str, ...]] = {
+    "value_loss": ("values",),
+    "reference_update": ("ref_logps",),
+    "look_ahead": (),
+}
+"""Axes that are no functions of a step's vectors, and what they need a step to have."""
 SURROGATE_INPUTS = ("logps", "old_logps", "advantages")
 
 AXES: dict[str, Mapping[str, Any]] = {
@@ -43,6 +50,8 @@ AXES: dict[str, Mapping[str, Any]] = {
     "rollout_correction": CORRECTIONS,
     "loss": LOSSES,
     "pairing": PAIRINGS,
+    "reference_update": REFERENCE_UPDATES,
+    "look_ahead": LOOK_AHEADS,
 }
 """Every axis and what can be chosen on it, by name."""
 
@@ -52,8 +61,8 @@ def inputs_of(axis: str, name: str) -> tuple[str, ...]:
     chosen = AXES[axis][name]
     if axis == "surrogate" and name in SURROGATES:
         return SURROGATE_INPUTS
-    if axis == "value_loss":
-        return ("values",)
+    if axis in BESIDE:
+        return BESIDE[axis]
     if axis == "regulariser":
         return tuple(f"{argument}s" for argument in Regulariser(chosen).inputs)
     if axis == "loss":

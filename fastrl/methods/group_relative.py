@@ -136,10 +136,11 @@ GROUP_RELATIVE = (
     Method(
         name="sfpo",
         source="SFPO, arXiv:2510.04072",
-        formula=f"{CLIPPED},  A = (r - group mean) / group std",
+        formula=f"{CLIPPED},  theta_0 + 0.8 (theta_3 - theta_0) before the last step on a batch",
         aggregation=use("sequence_mean"),
-        settings="3 fast steps, way back 0.8, entropy window 10, threshold 2",
-        missing="fast steps, a move back towards the start, and a slow step on one batch",
+        look_ahead=use("slow_fast", fast_steps=3, way_back=0.8),
+        controllers=(use("entropy_break", window=10, threshold=2.0),),
+        settings="num_iterations and num_mini_batches 1, of the steps after the break",
         unverified="all four settings",
     ),
     Method(

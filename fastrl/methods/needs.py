@@ -20,7 +20,7 @@ def looks_past_tokens(method: Method) -> bool:
     asked = {
         name
         for axis, choice in method.choices.items()
-        if axis != "surrogate"
+        if axis not in ("surrogate", "reference_update")
         for name in inputs_of(axis, choice.name)
     }
     rules = [penalty.tokens for penalty in method.penalties if penalty.tokens is not None]

@@ -89,6 +89,10 @@ class Method:
     `fastrl.value_losses`; None of a method that has no value model."""
     value_tokens: Literal["all", "finished"] = "all"
     """The tokens that the value model learns from: all, or those of completions that ended."""
+    reference_update: Choice | None = None
+    """When and how far the reference follows the policy, see `fastrl.weight_moves`."""
+    look_ahead: Choice | None = None
+    """Fast iterations, a move back towards where they began, and a slow one."""
     entropy_coef: float = 0.0
     controllers: tuple[Choice, ...] = ()
     """What moves coefficients from step to step, see `fastrl.methods.adaptation`."""
@@ -128,5 +132,6 @@ class Method:
         else:
             axes += ["advantage", "token_weights", "surrogate", "computed", "rollout_correction"]
             axes += ["value_loss"]
+        axes += ["reference_update", "look_ahead"]
         found = {axis: getattr(self, axis) for axis in axes}
         return {axis: choice for axis, choice in found.items() if choice is not None}
