@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastrl.errors import InputError
 from fastrl.tasks import Task
+from fastrl.tasks.jsonl import JsonlTask
 from fastrl.tasks.prompt import prompt_key
 from fastrl.types import Example, StepMetrics
 
@@ -49,8 +50,10 @@ class PromptStream:
 
     @cached_property
     def epoch_size(self) -> int | None:
-        """Training examples of a file; None for a task that makes them up without an end."""
-        return len(self.task.known_examples()) - len(self.task.eval_examples()) or None
+        """Training examples of a file; None for a task that has no epochs."""
+        if not isinstance(self.task, JsonlTask):
+            return None
+        return len(self.task.known_examples()) - len(self.task.eval_examples())
 
     def draw(self, num_prompts: int) -> Drawn:
         """The next examples of the task whose prompt is not solved, nor left out by its values."""

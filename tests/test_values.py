@@ -169,6 +169,42 @@ def test_the_key_survives_saving_and_loading(tmp_path):
     assert fingerprint(again, trainer.config, sampling) == before
 
 
+def test_an_adapter_that_adds_nothing_yet_begins_with_its_base(tmp_path):
+    pytest.importorskip("peft")
+    tiny_policy().save(tmp_path / "model")
+    base = astar_config(tmp_path)
+    model = dataclasses.replace(base.model, path=str(tmp_path / "model"), architecture={})
+    task = write_task(tmp_path / "data.jsonl", 11)
+    config = dataclasses.replace(
+        base, task=task, task_args={}, rewards=("exact",), model=model, max_steps=10
+    )
+    assert run_vstar(config).num_sampled == 9
+    adapted = dataclasses.replace(config, model=dataclasses.replace(model, lora={"r": 2}))
+    assert run_vstar(adapted).num_sampled == 0
+    trainer = build_trainer(adapted)
+    with torch.no_grad():
+        for name, weight in trainer.policy.model.named_parameters():
+            if "lora_B" in name:
+                weight[0, 0] = 1e-3
+    assert trainer.sampler.values.prepare().num_sampled == 9
+
+
+def test_a_mixture_has_no_epochs(tmp_path):
+    """Its prompts are those of the first steps, whatever its files hold."""
+    task = write_task(tmp_path / "data.jsonl", 20)
+    config = astar_config(tmp_path)
+    sums = {"task": config.task, "task_args": config.task_args}
+    config = dataclasses.replace(
+        config, task="mixture", task_args={"tasks": [{"task": task}, sums]},
+        rewards=config.rewards[:1],
+    )  # fmt: skip
+    summary = run_vstar(config)
+    trainer = build_trainer(config)
+    prompts = trainer.encode([trainer.task.train_example(i) for i in range(12)])
+    assert set(stored(tmp_path)) == set(value_keys(prompts, trainer.task))
+    assert summary.num_sampled == len(stored(tmp_path))
+
+
 class Killed(BaseException):
     """The machine went away."""
 

@@ -17,6 +17,7 @@ from fastrl.config import Config
 from fastrl.policy import Policy
 from fastrl.rewards.load import is_user_function, named_weights
 from fastrl.rollout import Sampling
+from fastrl.tasks.mixture import COLUMN
 from fastrl.types import Example
 
 FORMAT = 1
@@ -48,20 +49,40 @@ def value_key(ids: Tensor, example: Example, *, has_verifier: bool) -> str:
 
     Columns of a generated problem repeat what its text says, with a number of its own.
     """
-    columns = {} if has_verifier else dict(example.columns)
-    return _digest([ids.tolist(), example.answer, columns])
+    columns = example.columns
+    if has_verifier:
+        columns = {COLUMN: columns.get(COLUMN)}
+    return _digest([ids.tolist(), example.answer, dict(columns)])
 
 
 @torch.no_grad()
 def weights_digest(model: Any) -> str:
-    """Of the config and of every byte of every tensor."""
+    """Of the config and of every byte of every tensor.
+
+    An adapter that adds nothing yet is left out: a run that trains one begins with its base.
+    """
     known = model.config.to_dict().items()
     fields = {key: value for key, value in known if key not in OF_FILES and key[0] != "_"}
     found = hashlib.blake2b(_text(fields), digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(_tensors(model).items()):
         found.update(_text([name, str(tensor.dtype), list(tensor.shape)]))
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    """All tensors by name; of the base alone, by its own names, where an adapter is still zero."""
+    tensors: dict[str, Tensor] = model.state_dict()
+    second = [tensor for name, tensor in tensors.items() if ".lora_B." in name]
+    if not second or any("modules_to_save" in name for name in tensors):
+        return tensors
+    if any(bool(tensor.any()) for tensor in second):
+        return tensors
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+        for name, tensor in tensors.items()
+        if ".lora_" not in name
+    }
 
 
 def _tokenizer_digest(policy: Policy) -> str:
