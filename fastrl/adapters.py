@@ -75,7 +75,7 @@ def with_adapter(model: Any, lora: Mapping[str, Any], *, seed: int, name: str = 
             warnings.simplefilter("ignore")  # of ties, which `merged_weights` resolves
             torch.manual_seed(derive_seed(seed, f"adapter {name}"))
             if is_adapted(model):
-                model.add_adapter(name, config, autocast_adapter_dtype=False)
+                model.add_adapter(name, config)
             else:
                 model = peft.get_peft_model(
                     model, config, adapter_name=name, autocast_adapter_dtype=False
