@@ -120,8 +120,7 @@ def adamw_kernel(
     give with few digits. step_size: lr over the first moment's correction. correction: root of the
     second's.
     """
-    first_block = tl.program_id(0).to(tl.int64) * BLOCKS
-    blocks = first_block + tl.arange(0, BLOCKS)
+    blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     offsets = blocks[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     mask = offsets < num_elements
     has_block = blocks * BLOCK_SIZE < num_elements
@@ -146,15 +145,15 @@ def adamw_kernel(
     weights = weights * decay - step_size * first / (tl.sqrt(second) / correction + eps)
 
     if IN_8BIT:
-        bits = random_bits(positions, moment_key_low, moment_key_high)
-        chances = (bits & 0xFFFF).to(tl.float32) * (1.0 / 65536)
+        random = random_bits(positions, moment_key_low, moment_key_high)
+        chances = (random & 0xFFFF).to(tl.float32) * (1.0 / 65536)
         levels, scales = encoded(
             tl.abs(first), chances, FIRST_LOWEST, FIRST_SIZE, FIRST_PER_OCTAVE, FIRST_STEP, False,
             LEAST,
         )  # fmt: skip
         tl.store(first_ptr + offsets, tl.where(first < 0.0, -levels, levels).to(tl.int8), mask)
         tl.store(first_scales_ptr + blocks, scales, has_block)
-        chances = (bits >> 16).to(tl.float32) * (1.0 / 65536)
+        chances = (random >> 16).to(tl.float32) * (1.0 / 65536)
         levels, scales = encoded(
             second, chances, SECOND_LOWEST, SECOND_SIZE, SECOND_PER_OCTAVE, SECOND_STEP, True, LEAST
         )
