@@ -36,11 +36,6 @@ class WarmStart:
         phase = dataclasses.replace(config, optim=optim)
         self.stepper = make_stepper(phase, self.policy.model, optim.learning_rate, name="policy")
 
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Of the policy, in this phase."""
-        return self.stepper.optimizer
-
     def train_step(self, step: int) -> float:
         """One optimizer step on fresh examples; returns the mean loss per token in nats."""
         size = self.config.warm_start.batch_size
@@ -70,7 +65,7 @@ class WarmStart:
             loss.backward()
             losses[index] = float(loss.detach())
 
-        scale_learning_rate(self.optimizer, self.schedule(step))
+        scale_learning_rate(self.stepper.optimizer, self.schedule(step))
         outcome = self.stepper.step(len(passes), backward)
         if not outcome.is_applied:
             raise NotFiniteError("the warm start's gradient is not finite; lower its learning rate")
