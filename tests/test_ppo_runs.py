@@ -48,3 +48,17 @@ def test_a_run_has_its_numbers(tmp_path):
     for row in read_metrics(tmp_path / "run"):
         if "loss" in row:
             assert {"objective/kl", "skipped/non_finite", *VALUES} <= set(row)
+
+
+def test_windows_of_completions_go_on_and_are_trained_on_whole(tmp_path):
+    """T-PPO with partial rollouts: its ratios are to the policies that drew each token."""
+    config = tiny_config(tmp_path / "run", method="t_ppo", max_steps=5)
+    config = dataclasses.replace(
+        config, rollout=dataclasses.replace(config.rollout, max_tokens_per_step=24)
+    )
+    train(config)
+    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    trained = [row for row in rows if "val/loss" in row]
+    assert any(row["rollout/carried_completions"] > 0 for row in rows)
+    assert any(row["rollout/staleness_max"] > 0 for row in trained)
+    assert all(row["grad_norm"] > 0 for row in trained)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastrl.assembly import build_trainer
-from fastrl.config import CriticConfig
+from fastrl.config import CriticConfig, OptimConfig
 from fastrl.errors import NotFiniteError
 from fastrl.inspection import save_batch
 from fastrl.learner import MAX_SKIPPED
@@ -129,3 +129,20 @@ def test_the_count_goes_on_from_a_checkpoint():
     again = trainer_of()
     again.learner.load_state_dict(trainer.learner.state_dict())
     assert again.learner.skipped_in_a_row == trainer.learner.skipped_in_a_row == 1
+
+
+@pytest.mark.parametrize("budget", [60, 4096])
+@pytest.mark.parametrize("method", ["grpo", "gspo", "ppo"])
+def test_steps_in_the_backward_pass_are_the_same_to_the_bit(method, budget):
+    """Also where the layers have run before the loss, whose graph serves one backward pass only."""
+    found = []
+    for in_backward in ("off", "two_phase"):
+        optim = OptimConfig(learning_rate=1e-3, in_backward=in_backward)
+        trainer = trainer_of(method, optim=optim, max_tokens_per_pass=budget, num_iterations=2)
+        metrics = [trainer.train_step(step).metrics for step in range(2)]
+        # LeanAdamW keeps its moments by parameter: the weights say it all.
+        modules = [trainer.policy.model, *([trainer.critic.trained] if trainer.critic else [])]
+        weights = [x.detach().clone() for module in modules for x in module.parameters()]
+        found.append((weights, [(row["loss"], row["grad_norm"]) for row in metrics]))
+    assert same(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]

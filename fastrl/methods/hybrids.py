@@ -137,8 +137,9 @@ HYBRIDS = (
         formula=f"{CLIPPED},  A = generalized advantage",
         reward_shaping=use("kl_penalised_tokens", beta=0.05),
         advantage=use("generalized_advantages"),
+        value_loss=use("clipped_squared_error", epsilon_value=0.2, value_lambda=0.95),
         settings="every rollout starts from a part of a stored answer",
-        missing="a critic, and rollouts that start inside of stored answers",
+        missing="rollouts that start inside of stored answers",
     ),
     Method(
         name="rlgf",
@@ -146,8 +147,9 @@ HYBRIDS = (
         formula=f"{CLIPPED},  A = generalized advantage",
         reward_shaping=use("kl_penalised_tokens", beta=0.05),
         advantage=use("generalized_advantages"),
+        value_loss=use("clipped_squared_error", epsilon_value=0.2, value_lambda=0.95),
         settings="the guide begins 60 to 80 % of the rollouts",
-        missing="a critic, and a guide that begins the rollouts",
+        missing="a guide that begins the rollouts",
         unverified="beta of the token rewards' penalty",
     ),
     Method(
