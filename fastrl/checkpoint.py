@@ -25,6 +25,8 @@ from torch import Tensor
 from fastrl.errors import InputError
 from fastrl.whole_directory import problem_of, remove_partial, renamed_when_whole
 
+REFERENCE = "reference"
+"""Folder of the policy that a penalty pulls towards: in the run, or in a checkpoint if it moves."""
 _NAME = re.compile(r"(warm-start|checkpoint)-(\d+)")
 
 
@@ -73,11 +75,11 @@ class Savable(Protocol):
 
 def save_checkpoint(
     run_directory: Path, policy: Savable, learner: Stateful, state: TrainerState,
-    carried: Mapping[str, Tensor] | None = None,
+    carried: Mapping[str, Tensor] | None = None, *, reference: Savable | None = None,
 ) -> Path:  # fmt: skip
     """Write model, tokenizer, what learns and state; the directory appears when it is whole.
 
-    carried: of partial rollouts, see `fastrl.carried.InFlight.state`.
+    carried: of partial rollouts, see `fastrl.carried.InFlight.state`. reference: where it moves.
     """
     target = run_directory / state.directory_name
     if target.exists() and problem_of(target) is None:
@@ -85,6 +87,8 @@ def save_checkpoint(
     with renamed_when_whole(target) as partial:
         policy.save(partial)
         torch.save(learner.state_dict(), partial / "optimizer.pt")
+        if reference is not None:
+            reference.save(partial / REFERENCE)
         if carried is not None:
             save_file(dict(carried), partial / "carried.safetensors")
         text = json.dumps(dataclasses.asdict(state), indent=2)

@@ -87,7 +87,8 @@ def _train(words: list[str]) -> int:
         words = [str(run_directory / "config.toml"), *words, "--output-dir", resume]
     config = _config(words, "fastrl train CONFIG.toml")
     _prepare_libraries()
-    from fastrl.run import Interrupted, train
+    from fastrl.run import train
+    from fastrl.stop_requests import Interrupted
 
     try:
         summary = train(

@@ -10,28 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-
-@dataclass(frozen=True)
-class Range:
-    """The values a numeric field may take, both ends included unless `open_low`."""
-
-    low: float
-    high: float = float("inf")
-    open_low: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        return (value > self.low if self.open_low else value >= self.low) and value <= self.high
-
-    def __str__(self) -> str:
-        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
-        return low if self.high == float("inf") else f"{low} and at most {self.high:g}"
-
-
-Count = Annotated[int, Range(1)]
-CountOrZero = Annotated[int, Range(0)]
-Positive = Annotated[float, Range(0, open_low=True)]
-NonNegative = Annotated[float, Range(0)]
-Fraction = Annotated[float, Range(0, 1)]
+from fastrl.limits import Count, CountOrZero, Fraction, NonNegative, Positive, Range
 
 
 @dataclass(frozen=True)
@@ -122,6 +101,8 @@ class ObjectiveConfig:
 
     reward_shaping: str | None = None
     """What becomes of the rewards before they are compared, see `fastrl methods`; none for none."""
+    token_reward_shaping: str | None = None
+    """What is added to the rewards of single tokens, see `fastrl methods`; none for nothing."""
     advantage: str | None = None
     """Advantage estimator, see `fastrl methods`."""
     selection: str | None = None
@@ -134,6 +115,10 @@ class ObjectiveConfig:
     """Weights for what the sampler's and the trainer's log-probabilities differ by; or none."""
     regulariser: str | None = None
     """Per-token penalty, see `fastrl methods`; k3 where only beta is given."""
+    value_loss: str | None = None
+    """How the value model learns, see `fastrl methods`; of methods that have one."""
+    reference_update: str | None = None
+    """How the reference follows the policy, see `fastrl methods`; none for not at all."""
     aggregation: str | None = None
     """How tokens are averaged over the optimizer step, see `fastrl methods`."""
     loss: str | None = None

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from fastrl.config import Config, ObjectiveConfig, Range
+from fastrl.config import Config, ObjectiveConfig
 from fastrl.errors import InputError, nearest
+from fastrl.limits import Range
 
 RUN_MARK = "# The resolved config of a FastRL run.\n"
 """First line of a run's config.toml: a directory is a run, and may be replaced, only with it."""

@@ -10,9 +10,10 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from fastrl import config as config_module
-from fastrl.config import Config, ObjectiveConfig, Range
+from fastrl.config import Config, ObjectiveConfig
 from fastrl.errors import InputError, nearest
 from fastrl.integrations.trl import SAME
+from fastrl.limits import Range
 
 OBJECTIVE = "objective"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastrl.carried import in_flight_from
-from fastrl.checkpoint import TrainerState, load_carried, load_state
+from fastrl.checkpoint import REFERENCE, TrainerState, load_carried, load_state
 from fastrl.errors import InputError
 from fastrl.methods.needs import requirements
 from fastrl.reference import load_reference
@@ -35,6 +35,7 @@ def restore(trainer: Trainer, directory: Path, checkpoint: Path) -> TrainerState
                 f"{directory} has no reference policy: the run began without one; keep to a method "
                 "that needs none"
             )
-        kind, path = config.model.reference, directory / "reference"
-        trainer.reference = load_reference(trainer.policy, kind, path)
+        moved = checkpoint / REFERENCE  # where it follows the policy
+        path = moved if moved.is_dir() else directory / REFERENCE
+        trainer.reference = load_reference(trainer.policy, config.model.reference, path)
     return state

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastrl.assembly import build_trainer
 from fastrl.checkpoint import (
+    REFERENCE,
     Stateful,
     TrainerState,
     load_carried,
@@ -41,14 +42,10 @@ from fastrl.run_directory import (
     refuse_own_input,
     starting_point,
 )
-from fastrl.stop_requests import stop_requests
+from fastrl.stop_requests import Interrupted, stop_requests
 from fastrl.trainer import Trainer
-from fastrl.values.reference import ValueProgress
+from fastrl.values.summary import ValueProgress
 from fastrl.warm_start import WarmStart
-
-
-class Interrupted(Exception):
-    """The user asked to stop; a checkpoint has been written."""
 
 
 def train(
@@ -175,8 +172,9 @@ class Run:
         needs_reference = "ref_logps" in requirements(trainer.method)
         if not needs_reference or trainer.reference is not None:
             return
-        trainer.reference = make_reference(trainer.policy, self.config.model.reference)
-        save_policy(self.directory / "reference", trainer.reference)
+        kind, moves = self.config.model.reference, trainer.method.reference_update is not None
+        trainer.reference = make_reference(trainer.policy, kind, moves=moves)
+        save_policy(self.directory / REFERENCE, trainer.reference)
 
     def _values(self) -> None:
         """What the method has to know of every prompt before it trains, where it has to."""
@@ -194,7 +192,7 @@ class Run:
         self._say([] if summary is None else summary.lines)
 
     def _train(self) -> Evaluation:
-        config, trainer = self.config, self.trainer
+        config, trainer, save = self.config, self.trainer, self.config.save
         if self.checkpoint is not None:
             load_learner(self.checkpoint, trainer.learner)
         evaluation = None
@@ -203,8 +201,8 @@ class Run:
             step, evaluation = self.state.step, None
             if config.eval.eval_steps and step % config.eval.eval_steps == 0:
                 evaluation = self._evaluate(trainer.learner)
-            is_best = self.state.best_step == step and bool(config.save.save_steps)
-            if is_best or (config.save.save_steps and step % config.save.save_steps == 0):
+            is_best = self.state.best_step == step
+            if save.save_steps and (is_best or step % save.save_steps == 0):
                 self._save(trainer.learner)
             if self.stop.requested and step < config.max_steps:
                 self._interrupt(trainer.learner)
@@ -282,9 +280,11 @@ class Run:
         self.state = dataclasses.replace(self.state, train_seconds=total, **changes)
 
     def _save(self, learner: Stateful) -> Path:
+        trainer = self.trainer
         path = save_checkpoint(
-            self.directory, self.trainer.policy, learner, self.state, self.carried
-        )
+            self.directory, trainer.policy, learner, self.state, self.carried,
+            reference=trainer.reference if trainer.method.reference_update is not None else None,
+        )  # fmt: skip
         # The weights that training starts from are not worth keeping as the best: they come again.
         best, keep = self.state.best_step or None, self.config.save.save_total_limit
         remove_old_checkpoints(self.directory, keep=keep, best=best)

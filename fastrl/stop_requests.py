@@ -11,6 +11,10 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Interrupted(Exception):
+    """The user asked to stop; a checkpoint has been written."""
+
+
 class StopRequest:
     """Whether one came."""
 

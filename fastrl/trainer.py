@@ -91,8 +91,12 @@ class Trainer:
         self.temperature = config.rollout.temperature
         self.head_row_cost = head_row_cost(
             policy.model.config,
-            bf16=policy.bf16,
+            bf16=policy.is_half,
             is_checkpointed=config.model.gradient_checkpointing,
+            has_bf16_stream=policy.has_bf16_stream,
+            is_offloaded=config.model.activation_offloading,
+            has_chunked_mlps=config.model.mlp_chunk_size > 0,
+            head_dtype=policy.head_dtype,
         )
         self.row_flops = row_flops(policy.model)
         self.critic = None

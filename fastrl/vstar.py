@@ -8,7 +8,7 @@ from fastrl.assembly import build_trainer
 from fastrl.config import Config
 from fastrl.determinism import deterministic
 from fastrl.errors import InputError
-from fastrl.values.reference import OnBatch, ValueSummary
+from fastrl.values.summary import OnBatch, ValueSummary
 from fastrl.warm_start import WarmStart
 
 

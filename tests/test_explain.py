@@ -36,9 +36,7 @@ def test_every_field_of_the_config_is_explained():
 
 
 def test_unknown_fields_name_the_nearest(capsys):
-    with pytest.raises(
-        InputError, match="did you mean .optim.learning_rate"
-    ):
+    with pytest.raises(InputError, match=r"did you mean .optim.learning_rate"):
         explain("optim.lerning_rate")
     assert main(["explain", "rollout.temperature"]) == 0
     assert "softmax(logits / temperature)" in capsys.readouterr().out

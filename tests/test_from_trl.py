@@ -82,6 +82,7 @@ def test_the_loss_of_an_imported_config_is_trls(level, log_ratio):
     [
         ({"delta": 1.5}, "two_sided_clipped_ratio"),
         ({"top_entropy_quantile": 0.2}, "high_entropy"),
+        ({"sync_ref_model": True, "beta": 0.1}, "moving_average"),
         ({"scale_rewards": "batch"}, "batch_relative"),
         ({"scale_rewards": False}, "group_centred"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "decoupled_rewards"),
@@ -99,7 +100,6 @@ def test_what_a_method_is_made_of(settings, method):
         ({"max_steps": -1}, "max_steps is not set"),
         ({"loss_type": "dapo", "importance_sampling_level": "sequence"}, "has no counterpart"),
         ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold = 0.1 has no counterpart"),
-        ({"sync_ref_model": True}, "sync_ref_model = True has no counterpart"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha = 5.0 has no counterpart"),
         ({"optim": "adafactor"}, "GRPOConfig.optim 'adafactor' has no counterpart"),
         ({"adam_epsilon": 1e-5}, "adam_epsilon = 1e-05 has no counterpart"),

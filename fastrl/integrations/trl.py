@@ -72,6 +72,7 @@ READ = {
     "epsilon_high", "delta", "sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos",
     "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "top_entropy_quantile", "entropy_coef",
     "reward_weights", "multi_objective_aggregation", "mask_truncated_completions", "eval_strategy",
+    "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
     "eval_steps", "save_strategy", "save_steps", "use_cpu",
     "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs",
     "accelerator_config",
@@ -87,7 +88,7 @@ WITHOUT_EFFECT = (
     "include_", "local_rank", "tf32", "pad_to_multiple_of", "full_determinism",
     "num_train_epochs", "num_generations_eval", "shuffle_dataset", "disable_dropout",
     "torch_empty_cache_steps", "average_tokens_across_devices", "restore_callback", "jit_mode",
-    "trust_remote_code", "data_seed", "ref_model_", "load_best_model_at_end", "prediction_loss",
+    "trust_remote_code", "data_seed", "load_best_model_at_end", "prediction_loss",
     "entropy_coef_", "entropy_target", "enable_jit",
 )  # fmt: skip
 """Beginnings of names of what says nothing of the loss on one device, or only beside another."""
@@ -123,7 +124,7 @@ def from_trl(arguments: Any, **fields: Any) -> Imported:
     config = Config(
         **sections[""],
         method="grpo",
-        objective=_objective(arguments),
+        objective=_objective(arguments, num_mini_batches * arguments.num_iterations),
         prompts_per_step=_whole(
             arguments.generation_batch_size, arguments.num_generations,
             "generation_batch_size must be a multiple of num_generations",
@@ -190,8 +191,8 @@ def _refuse_and_note(arguments: Any) -> list[str]:
     return notes
 
 
-def _objective(arguments: Any) -> dict[str, Any]:
-    """The table `objective`, on top of method grpo."""
+def _objective(arguments: Any, per_batch: int) -> dict[str, Any]:
+    """The table `objective`, on top of method grpo; per_batch: as in _sections."""
     level = (arguments.loss_type, arguments.importance_sampling_level)
     if level not in LOSSES:
         raise InputError(
@@ -210,26 +211,14 @@ def _objective(arguments: Any) -> dict[str, Any]:
                 "GRPOConfig.reward_weights beside multi_objective_aggregation 'normalize_then_sum' "
                 "has no counterpart; remove the weights"
             )
-    high = arguments.epsilon if arguments.epsilon_high is None else arguments.epsilon_high
-    if surrogate == "truncated_importance":
-        # TRL caps the ratio at epsilon_high itself, here the cap is 1 + epsilon_high.
-        found |= {"epsilon_low": 1.0, "epsilon_high": high - 1.0}
-    elif surrogate == "soft_gated_ratio":
-        parameters |= {
-            "temperature_positive": arguments.sapo_temperature_pos,
-            "temperature_negative": arguments.sapo_temperature_neg,
-        }
-    elif surrogate == "sequence_tempered":
-        parameters |= {ours: getattr(arguments, theirs) for ours, theirs in VESPO.items()}
-    else:
-        found |= {"epsilon_low": arguments.epsilon, "epsilon_high": high}
-    if arguments.delta is not None:
-        if surrogate != "clipped_ratio":
-            raise InputError(f"GRPOConfig.delta has no effect on loss_type {level[0]!r}; remove it")
-        found["surrogate"], parameters["delta"] = "two_sided_clipped_ratio", arguments.delta
+    _set_surrogate(arguments, found, parameters)
     if arguments.beta:
         found["beta"] = arguments.beta
         found["regulariser"] = "k3_is" if arguments.use_bias_correction_kl else "k3"
+    if arguments.sync_ref_model:
+        found["reference_update"] = "moving_average"
+        parameters["mixup_alpha"] = arguments.ref_model_mixup_alpha
+        parameters["sync_steps"] = math.ceil(arguments.ref_model_sync_steps / per_batch)
     if arguments.top_entropy_quantile < 1:
         found["token_weights"] = "high_entropy"
         parameters["fraction"] = arguments.top_entropy_quantile
@@ -247,6 +236,30 @@ def _optimizer(arguments: Any) -> str:
             f"GRPOConfig.optim {name!r} has no counterpart; {nearest(name, list(OPTIMIZERS))}"
         )
     return OPTIMIZERS[name]
+
+
+def _set_surrogate(arguments: Any, found: dict[str, Any], parameters: dict[str, Any]) -> None:
+    """Numbers of the surrogate, by its names for them."""
+    surrogate = found["surrogate"]
+    high = arguments.epsilon if arguments.epsilon_high is None else arguments.epsilon_high
+    if surrogate == "truncated_importance":
+        # TRL caps the ratio at epsilon_high itself, here the cap is 1 + epsilon_high.
+        found |= {"epsilon_low": 1.0, "epsilon_high": high - 1.0}
+    elif surrogate == "soft_gated_ratio":
+        parameters |= {
+            "temperature_positive": arguments.sapo_temperature_pos,
+            "temperature_negative": arguments.sapo_temperature_neg,
+        }
+    elif surrogate == "sequence_tempered":
+        parameters |= {ours: getattr(arguments, theirs) for ours, theirs in VESPO.items()}
+    else:
+        found |= {"epsilon_low": arguments.epsilon, "epsilon_high": high}
+    if arguments.delta is not None:
+        if surrogate != "clipped_ratio":
+            raise InputError(
+                f"GRPOConfig.delta has no effect on loss_type {arguments.loss_type!r}; remove it"
+            )
+        found["surrogate"], parameters["delta"] = "two_sided_clipped_ratio", arguments.delta
 
 
 def _text(value: Any) -> str:

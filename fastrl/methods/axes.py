@@ -9,7 +9,7 @@ from typing import Any
 
 from fastrl.advantages import ADVANTAGES
 from fastrl.aggregation import AGGREGATIONS
-from fastrl.config import Range
+from fastrl.limits import Range
 from fastrl.methods.defaults import DEFAULTS
 from fastrl.methods.rules import COMPUTED, TOKEN_RULES
 from fastrl.preferences import LOSSES, PAIRINGS

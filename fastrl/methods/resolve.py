@@ -19,12 +19,15 @@ from fastrl.schedules import read_schedule
 from fastrl.values.kinds import SOURCES
 
 OVERRIDES = (
-    "reward_shaping", "advantage", "selection", "token_weights", "surrogate", "aggregation",
-    "rollout_correction", "loss",
+    "reward_shaping", "token_reward_shaping", "advantage", "selection", "token_weights",
+    "surrogate", "aggregation", "rollout_correction", "loss", "value_loss", "reference_update",
 )  # fmt: skip
 OF_TOKENS = ("advantage", "token_weights", "surrogate", "rollout_correction")
 """Axes that a loss of pairs or groups takes the place of."""
-OPTIONAL = ("reward_shaping", "selection", "token_weights", "rollout_correction")
+OPTIONAL = (
+    "reward_shaping", "token_reward_shaping", "selection", "token_weights", "rollout_correction",
+    "reference_update",
+)  # fmt: skip
 FIELDS = (
     "entropy_coef", "mask_truncated_completions", "advantage_after_selection", "denominator",
     "dynamic_sampling", "max_sampling_rounds", "max_pass_rate", "scores_from",

@@ -12,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -33,6 +33,7 @@ from fastrl.types import Example, Prompts, StepMetrics
 from fastrl.values.fingerprint import fingerprint, value_key
 from fastrl.values.kinds import ReferenceRollouts
 from fastrl.values.store import ValueStore
+from fastrl.values.summary import OnBatch, ValueProgress, ValueSummary
 
 PROMPTS_PER_BATCH = 128
 """Prompts that are sampled and written together: what a kill can lose."""
@@ -54,56 +55,6 @@ class Stage(Protocol):
     stream: PromptStream
 
     def encode(self, examples: Sequence[Example]) -> Prompts: ...
-
-
-class ValueProgress(NamedTuple):
-    """How far stage one is."""
-
-    num_sampled: int  # prompts, by this process
-    num_known: int  # prompts in the store
-    seconds: float
-
-    @property
-    def line(self) -> str:
-        """The same in words."""
-        return (
-            f"values: {self.num_sampled} prompts sampled in {self.seconds:.0f} s, "
-            f"{self.num_known} known"
-        )
-
-
-class ValueSummary(NamedTuple):
-    """What stage one found out about the prompts of a run."""
-
-    directory: Path
-    num_prompts: int  # different ones
-    num_samples: int
-    num_solved: int  # prompts that passed at least once
-    num_dropped: int  # prompts that are never trained on
-    mean_reward: float
-    num_sampled: int  # prompts that were not known yet
-    num_failed: int  # calls of rewards that hung or crashed, which count as 0
-    num_torn: int  # batches that a killed process left half-written
-    seconds: float
-
-    @property
-    def lines(self) -> list[str]:
-        """The same in words."""
-        found = [
-            f"values: {self.num_prompts} prompts with {self.num_samples} reference completions "
-            f"each, mean reward {self.mean_reward:.3f}, {self.num_solved} solved at least once "
-            f"({self.num_sampled} sampled now, {self.seconds:.0f} s; {self.directory})"
-        ]
-        if self.num_dropped:
-            found.append(f"values: {self.num_dropped} prompts were solved too rarely to train on")
-        if self.num_failed:
-            found.append(f"values: {self.num_failed} calls of rewards failed and count as 0")
-        if self.num_torn:
-            found.append(f"values: {self.num_torn} half-written batches were sampled again")
-        return found
-
-
-OnBatch = Callable[[ValueProgress], None]
 
 
 class ReferenceValues:

@@ -13,8 +13,9 @@ from fastrl.sampler import Scored
 from fastrl.types import Prompts, StepMetrics
 from fastrl.values.greedy import GreedyBaselines
 from fastrl.values.kinds import GreedyCompletion, SuccessRates
-from fastrl.values.reference import OnBatch, ReferenceValues, Stage, ValueSummary
+from fastrl.values.reference import ReferenceValues, Stage
 from fastrl.values.success_rates import TrackedRates
+from fastrl.values.summary import OnBatch, ValueSummary
 
 
 class PromptValues(Protocol):

@@ -22,7 +22,8 @@ from fastrl.sampler import Scored
 from fastrl.seeding import make_generator
 from fastrl.types import Prompts, Rollouts, StepMetrics
 from fastrl.values.kinds import ReferenceRollouts, SuccessRates
-from fastrl.values.reference import OnBatch, ReferenceValues, Stage, ValueSummary, value_keys
+from fastrl.values.reference import ReferenceValues, Stage, value_keys
+from fastrl.values.summary import OnBatch, ValueSummary
 
 
 class Estimate(NamedTuple):
