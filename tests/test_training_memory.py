@@ -21,7 +21,12 @@ from tests.test_training import numbers, tiny_config
 
 LORA = {"r": 4, "lora_alpha": 8}
 KL = {"beta": 0.05}
+MOVES = {
+    "reference_update": "moving_average", "parameters": {"mixup_alpha": 0.5, "sync_steps": 1},
+}  # fmt: skip
 MODES = {
+    "reference that follows": ({}, {}, {**KL, **MOVES}),
+    "lora, reference that follows": ({"lora": LORA}, {}, {**KL, **MOVES}),
     "lora": ({"lora": LORA}, {}, KL),
     "lora, without a warm start": ({"lora": LORA}, {}, KL),
     "split, 8-bit": ({"precision": "split"}, {"optimizer": "adamw_8bit"}, {}),
