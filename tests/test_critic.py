@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from fastrl.adapters import adapter_parameters
@@ -13,6 +14,7 @@ from fastrl.assembly import build_trainer
 from fastrl.config import CriticConfig, ModelConfig, OptimConfig
 from fastrl.critic import ValueRecord, value_metrics
 from fastrl.errors import InputError
+from fastrl.merging import merged_weights
 from fastrl.packing import pack
 from fastrl.phases import ValueTerms
 from fastrl.value_losses import clipped_squared_error, huber_error, squared_error
@@ -184,6 +186,56 @@ def test_a_model_of_its_own_trains_and_leaves_the_policy_alone(own_model):
     expected = trainer_of("head")
     expected.train_step(0)
     assert same(parameters_of(with_head.policy.model), parameters_of(expected.policy.model))
+
+
+@pytest.mark.parametrize(
+    ("precision", "optimizer"),
+    [("split", "adamw_8bit"), ("stochastic", "adamw"), ("autocast", "adamw")],
+)
+def test_a_model_of_its_own_is_kept_as_the_policy_is(own_model, precision, optimizer):
+    architecture = {"model_type": "qwen3", **TINY}
+    config = tiny_config(
+        "unused", method="ppo", objective={"reward_shaping": "none"}, num_mini_batches=2,
+        critic=CriticConfig(model=str(own_model), learning_rate=1e-3),
+        optim=OptimConfig(optimizer=optimizer, learning_rate=1e-3),
+        model=ModelConfig(
+            architecture=architecture, precision=precision, gradient_checkpointing=True
+        ),
+    )  # fmt: skip
+    trainer = build_trainer(config)
+    dtypes = [
+        {p.dtype for p in m.parameters()} for m in (trainer.critic.body, trainer.policy.model)
+    ]
+    assert dtypes[0] == dtypes[1]
+    assert trainer.critic.head.weight.dtype == torch.float32
+    before = parameters_of(trainer.critic.body)
+    metrics = trainer.train_step(0).metrics
+    assert metrics["skipped/non_finite"] == 0
+    assert 0 < metrics["val/loss"] < 1
+    assert not same(before, parameters_of(trainer.critic.body))
+
+
+def test_the_policy_is_saved_and_merged_without_its_critic(tmp_path):
+    trainer, alone = trainer_of("lora", lora=LORA), trainer_of(lora=LORA)
+    before = merged_weights(alone.policy)
+    with torch.no_grad():
+        for parameter in adapter_parameters(trainer.policy.model, "critic").values():
+            parameter.add_(1.0)
+    found = merged_weights(trainer.policy)
+    assert found.keys() == before.keys()
+    assert all(torch.equal(found[name], before[name]) for name in found)
+    trainer.policy.save(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any("critic" in name for name in saved)
+    assert len(saved) == len(adapter_parameters(alone.policy.model))
+
+
+def test_sampling_is_the_policys_alone():
+    """Keys and values, folded weights and all: the gap to the trainer stays rounding."""
+    trainer = trainer_of("lora", lora=LORA, max_steps=5)
+    for step in range(5):
+        metrics = trainer.train_step(step).metrics
+        assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
 
 
 def test_a_reward_model_brings_its_head(tmp_path):
