@@ -16,7 +16,7 @@ from fastrl.metrics import Stopwatch
 from fastrl.report import read_metrics
 from fastrl.run import train
 from fastrl.trainer import Trainer
-from fastrl.values.reference import value_keys
+from fastrl.values.fingerprint import value_keys
 from fastrl.values.store import ValueStore
 from fastrl.vstar import run_vstar
 from tests.helpers_updates import make_exact
@@ -31,15 +31,18 @@ def token_distributions(policy, prompt, completion, temperature):
     return (logits / temperature).log_softmax(dim=1)
 
 
-@pytest.mark.parametrize("max_tokens_per_pass", [128, 54])
-def test_a_step_is_the_formula(tmp_path, max_tokens_per_pass):
+@pytest.mark.parametrize(
+    ("max_tokens_per_pass", "parts"),
+    [(128, [range(7)]), (54, [range(7)]), (128, [range(4), range(4, 7)])],
+)
+def test_a_step_is_the_formula(tmp_path, max_tokens_per_pass, parts):
     """mean (0.001 (L - L_ref) + V* - r)^2 - 0.001 mean H, with V* = 0.5 log mean exp(2 r_ref)."""
     rollout = dataclasses.replace(astar_config(tmp_path).rollout, temperature=0.8)
     config = astar_config(tmp_path, rollout=rollout, max_tokens_per_pass=max_tokens_per_pass)
-    config = dataclasses.replace(config, prompts_per_step=7)
+    config = dataclasses.replace(config, prompts_per_step=7, num_mini_batches=len(parts))
     trainer = build_trainer(config)
     trainer.sampler.values.prepare()
-    make_exact(trainer, learning_rate=1e-3)
+    make_exact(trainer, learning_rate=0.0)
     reference = trainer.policy.frozen_copy()
     with torch.no_grad():
         for index, weight in enumerate(reference.model.parameters()):
@@ -47,24 +50,24 @@ def test_a_step_is_the_formula(tmp_path, max_tokens_per_pass):
             weight += 0.03 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
     trainer.reference = reference
     gradients = {name: torch.zeros_like(p) for name, p in trainer.policy.model.named_parameters()}
-    expected_loss, expected = written_out(trainer, reference, stored(tmp_path))
+    expected_losses, expected = written_out(trainer, reference, stored(tmp_path), parts)
     for name, p in trainer.policy.model.named_parameters():
         p.register_hook(lambda gradient, name=name: gradients[name].add_(gradient))
     output = trainer.train_step(0)
-    assert (output.metrics["packing/passes"] > 1) == (max_tokens_per_pass == 54)
-    assert output.metrics["loss"] == pytest.approx(expected_loss, rel=1e-9)
+    assert (output.metrics["packing/passes"] > 1) == (max_tokens_per_pass == 54 or len(parts) > 1)
+    assert output.metrics["loss"] == pytest.approx(sum(expected_losses) / len(parts), rel=1e-9)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-7, atol=1e-12)
 
 
-def written_out(trainer, reference, rewards_of):
-    """Loss and gradient of step 0, a completion at a time."""
+def written_out(trainer, reference, rewards_of, parts):
+    """Loss and gradient of step 0, a completion at a time; a mean over each part, and their sum."""
     state = trainer.sampler.stream.state_dict()
     sampled = trainer.sample(0, Stopwatch())
     trainer.sampler.stream.load_state_dict(state)
     rollouts, rewards = sampled.trained.rollouts, sampled.trained.rewards.total.double()
     assert rollouts.num_generations == 1
-    total, entropies = 0.0, []
+    errors, entropies = [], []
     for b, completion in enumerate(rollouts.completion_ids):
         prompt = rollouts.prompts.token_ids[b]
         logps = token_distributions(trainer.policy, prompt, completion, 0.8)
@@ -73,14 +76,18 @@ def written_out(trainer, reference, rewards_of):
         picked = (logps - ref_logps).gather(1, completion[:, None]).sum()
         (key,) = value_keys(trainer.encode([rollouts.prompts.examples[b]]), trainer.task)
         value = 0.5 * math.log(math.fsum(math.exp(2 * r) for r in rewards_of[key]) / 8)
-        total = total + (1e-3 * picked + value - rewards[b]).square() / len(rewards)
+        errors.append((1e-3 * picked + value - rewards[b]).square())
         entropies.append(-(logps.exp() * logps).sum(dim=1))
-    loss = total - 1e-3 * torch.cat(entropies).mean()
-    loss.backward()
+    losses = [
+        torch.stack([errors[b] for b in part]).mean()
+        - 1e-3 * torch.cat([entropies[b] for b in part]).mean()
+        for part in parts
+    ]
+    sum(losses).backward()
     model = trainer.policy.model
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    return float(loss.detach()), found
+    return [float(loss.detach()) for loss in losses], found
 
 
 def with_saves(config, **changes):

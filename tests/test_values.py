@@ -16,8 +16,7 @@ from fastrl.methods.estimates import advantages_of
 from fastrl.policy import load_policy
 from fastrl.types import Rewards
 from fastrl.values import reference
-from fastrl.values.fingerprint import fingerprint
-from fastrl.values.reference import value_keys
+from fastrl.values.fingerprint import fingerprint, value_keys
 from fastrl.values.store import ValueStore
 from fastrl.vstar import run_vstar
 from tests.helpers import tiny_policy

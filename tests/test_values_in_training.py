@@ -16,8 +16,8 @@ from fastrl.errors import InputError
 from fastrl.metrics import Stopwatch
 from fastrl.run import train
 from fastrl.types import Rollouts
+from fastrl.values.fingerprint import value_keys
 from fastrl.values.kinds import SuccessRates, success_rates
-from fastrl.values.reference import value_keys
 from fastrl.values.success_rates import Estimate, drifts, updated
 from tests.helpers import random_rollouts, tiny_policy
 from tests.test_astar_po import assert_same_end, with_saves

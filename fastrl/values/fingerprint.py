@@ -17,8 +17,9 @@ from fastrl.config import Config
 from fastrl.policy import Policy
 from fastrl.rewards.load import is_user_function, named_weights
 from fastrl.rollout import Sampling
+from fastrl.tasks import Task
 from fastrl.tasks.mixture import COLUMN
-from fastrl.types import Example
+from fastrl.types import Example, Prompts
 
 FORMAT = 1
 OF_FILES = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
@@ -53,6 +54,14 @@ def value_key(ids: Tensor, example: Example, *, has_verifier: bool) -> str:
     if has_verifier:
         columns = {COLUMN: columns.get(COLUMN)}
     return _digest([ids.tolist(), example.answer, dict(columns)])
+
+
+def value_keys(prompts: Prompts, task: Task) -> list[str]:
+    """What each prompt is known under."""
+    return [
+        value_key(ids, example, has_verifier=task.has_verifier)
+        for ids, example in zip(prompts.token_ids, prompts.examples, strict=True)
+    ]
 
 
 @torch.no_grad()

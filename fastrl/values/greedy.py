@@ -10,7 +10,8 @@ from fastrl.methods.inputs import StepInputs
 from fastrl.sampler import Scored, generate_while_scoring
 from fastrl.seeding import make_generator
 from fastrl.types import Prompts, StepMetrics
-from fastrl.values.reference import Stage, value_keys
+from fastrl.values.fingerprint import value_keys
+from fastrl.values.reference import Stage
 from fastrl.values.summary import OnBatch
 
 

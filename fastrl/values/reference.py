@@ -12,11 +12,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from fastrl.config import Config
 from fastrl.errors import InputError
@@ -30,7 +32,7 @@ from fastrl.seeding import make_generator
 from fastrl.tasks import Task
 from fastrl.tasks.prompt import prompt_start
 from fastrl.types import Example, Prompts, StepMetrics
-from fastrl.values.fingerprint import fingerprint, value_key
+from fastrl.values.fingerprint import fingerprint, value_keys
 from fastrl.values.kinds import ReferenceRollouts
 from fastrl.values.store import ValueStore
 from fastrl.values.summary import OnBatch, ValueProgress, ValueSummary
@@ -102,20 +104,23 @@ class ReferenceValues:
         is_resumed = stage.stream.values_key is not None  # then the policy has been trained
         store = self._open()
         seen: set[str] = set()
+        waiting: dict[str, tuple[Tensor, Example]] = {}
         num_sampled = num_failed = 0
         try:
-            for prompts in self._windows(store):
-                keys = value_keys(prompts, stage.task)
-                seen.update(keys)
-                unknown = [
-                    index for index, key in enumerate(keys)
-                    if key not in store and key not in keys[:index]
-                ]  # fmt: skip
-                if unknown and is_resumed:
-                    raise _cannot_sample(store.directory, prompts.examples[unknown[0]])
-                for start in range(0, len(unknown), PROMPTS_PER_BATCH):
-                    batch = unknown[start : start + PROMPTS_PER_BATCH]
-                    num_failed += self._sample(store, prompts, keys, batch)
+            for prompts in chain(self._windows(store), [None]):
+                if prompts is not None:
+                    keys = value_keys(prompts, stage.task)
+                    found = zip(prompts.token_ids, prompts.examples, strict=True)
+                    new = {k: x for k, x in zip(keys, found, strict=True) if k not in store}
+                    waiting |= new
+                    seen.update(keys)
+                if waiting and is_resumed:
+                    raise _cannot_sample(store.directory, next(iter(waiting.values()))[1])
+                # Where values leave prompts out, those of a window say how many more are needed.
+                needed = 1 if prompts is None or self.min_solved else PROMPTS_PER_BATCH
+                while len(waiting) >= needed:
+                    batch = list(waiting)[:PROMPTS_PER_BATCH]
+                    num_failed += self._sample(store, {key: waiting.pop(key) for key in batch})
                     num_sampled += len(batch)
                     if on_batch is not None:
                         seconds = time.perf_counter() - started
@@ -184,23 +189,19 @@ class ReferenceValues:
         directory = Path(stage.config.values_dir) / key
         return ValueStore(directory, self.sampling.num_generations, about)
 
-    def _sample(
-        self, store: ValueStore, prompts: Prompts, keys: Sequence[str], batch: Sequence[int]
-    ) -> int:
-        """Sample, score and keep some of the prompts; returns how many calls of rewards failed."""
+    def _sample(self, store: ValueStore, batch: Mapping[str, tuple[Tensor, Example]]) -> int:
+        """Sample, score and keep prompts by their keys; returns how many rewards failed."""
         stage = self.stage
-        part = Prompts(
-            tuple(prompts.token_ids[p] for p in batch), tuple(prompts.examples[p] for p in batch)
-        )
+        prompts = Prompts(*zip(*batch.values(), strict=True))
         # The same generator for every batch: completions depend on their prompt and number alone,
         # not on the run's seed, so that other runs could have sampled them. An engine that seeds
         # rows by their place repeats its seeds under other prompts.
         generator = make_generator(stage.policy.device, 0, "values", store.directory.name)
         rollouts, texts = generate_while_scoring(
-            stage.engine, stage.scorer, stage.policy.tokenizer, part, self.sampling, generator
+            stage.engine, stage.scorer, stage.policy.tokenizer, prompts, self.sampling, generator
         )
         rewards = stage.scorer.score(rollouts, texts).total
-        store.add([keys[p] for p in batch], rewards.view(len(batch), -1))
+        store.add(list(batch), rewards.view(len(batch), -1))
         failed = (stage.scorer.metrics.get(f"rewards/{how}", 0) for how in ("timeouts", "crashes"))
         return int(sum(failed))
 
@@ -223,10 +224,12 @@ class ReferenceValues:
             prompts = self._encoded(range(first, first + min(WINDOW, wanted - num_usable)))
             yield prompts
             first += len(prompts)
-            rows = [store.rewards[key] for key in value_keys(prompts, stage.task)]
-            num_kept = sum(self._num_passed(row) >= self.min_solved for row in rows)
+            num_kept = len(prompts)
+            if self.min_solved:
+                rows = [store.rewards[key] for key in value_keys(prompts, stage.task)]
+                num_kept = sum(self._num_passed(row) >= self.min_solved for row in rows)
             num_usable += num_kept
-            num_skipped = 0 if num_kept else num_skipped + len(rows)
+            num_skipped = 0 if num_kept else num_skipped + len(prompts)
             if num_skipped >= HOPELESS:
                 raise InputError(
                     f"none of {num_skipped} prompts in a row passed {self.min_solved} times in "
@@ -236,14 +239,6 @@ class ReferenceValues:
 
     def _encoded(self, indices: range) -> Prompts:
         return self.stage.encode([self.stage.task.train_example(index) for index in indices])
-
-
-def value_keys(prompts: Prompts, task: Task) -> list[str]:
-    """What each prompt is known under."""
-    return [
-        value_key(ids, example, has_verifier=task.has_verifier)
-        for ids, example in zip(prompts.token_ids, prompts.examples, strict=True)
-    ]
 
 
 def _cannot_sample(directory: Path, example: Example) -> InputError:

@@ -21,8 +21,9 @@ from fastrl.ragged import means
 from fastrl.sampler import Scored
 from fastrl.seeding import make_generator
 from fastrl.types import Prompts, Rollouts, StepMetrics
+from fastrl.values.fingerprint import value_keys
 from fastrl.values.kinds import ReferenceRollouts, SuccessRates
-from fastrl.values.reference import ReferenceValues, Stage, value_keys
+from fastrl.values.reference import ReferenceValues, Stage
 from fastrl.values.summary import OnBatch, ValueSummary
 
 
