@@ -10,8 +10,15 @@ import pytest
 import torch
 
 from fastrl.assembly import build_trainer
-from fastrl.config import DataConfig, EvalConfig, RolloutConfig, WarmStartConfig
+from fastrl.config import (
+    DataConfig,
+    EvalConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+    WarmStartConfig,
+)
 from fastrl.errors import InputError
+from fastrl.methods import resolve_method, use
 from fastrl.methods.estimates import advantages_of
 from fastrl.policy import load_policy
 from fastrl.types import Rewards
@@ -265,3 +272,26 @@ def test_values_that_cannot_be_known_before_a_run_are_refused(tmp_path):
     config = dataclasses.replace(config, rollout=dataclasses.replace(ROLLOUT, num_generations=4))
     with pytest.raises(InputError, match=r"must be rollout\.num_generations, 4, or 0"):
         build_trainer(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "source"),
+    [
+        ({"advantage": "baseline_centred"}, "greedy_completion"),
+        ({"advantage": "reference_value_centred"}, "reference_rollouts"),
+        ({"advantage": "reference_margin"}, "reference_rollouts"),
+        ({"loss": "optimal_advantage_regression"}, None),
+    ],
+)
+def test_an_advantage_brings_the_values_that_it_asks_for(overrides, source):
+    method = resolve_method("grpo", ObjectiveConfig(**overrides))
+    assert method.choices.get("prompt_values") == (source and use(source))
+
+
+def test_a_regression_takes_advantages_of_completions_only():
+    with pytest.raises(InputError, match="takes one advantage for a completion"):
+        resolve_method("astar_po", ObjectiveConfig(advantage="whitened_returns"))
+    with pytest.raises(InputError, match="no effect beside a loss of pairs"):
+        resolve_method("rebel", ObjectiveConfig(advantage="group_centred"))
+    choice = use("leave_one_out")
+    assert resolve_method("astar_po", ObjectiveConfig(advantage=choice.name)).advantage == choice
