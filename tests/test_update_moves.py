@@ -8,16 +8,17 @@ import pytest
 import torch
 
 from fastrl.assembly import build_trainer
-from fastrl.config import ModelConfig
+from fastrl.config import ModelConfig, SaveConfig
 from fastrl.controllers import EntropyBreak
 from fastrl.errors import InputError
 from fastrl.methods.adaptation import Adaptation
 from fastrl.methods.record import use
-from fastrl.metrics import Stopwatch
+from fastrl.phase_clock import PhaseClock
 from fastrl.reference import make_reference
+from fastrl.run import train
 from fastrl.weight_moves import moving_average, reset
 from tests.helpers import TINY
-from tests.test_training import tiny_config
+from tests.test_training import numbers, tiny_config
 
 
 def parameters_of(model) -> list[torch.Tensor]:
@@ -67,7 +68,7 @@ def test_a_slow_step_starts_on_the_way_back():
     """Three iterations, 0.8 of the way they went, one more: as four by hand."""
     trainer, truth = sfpo(), build_trainer(tiny_config("unused", num_iterations=3))
     start = parameters_of(truth.policy.model)
-    step = truth.sample(0, Stopwatch())
+    step = truth.sample(0, PhaseClock())
     inputs = truth.inputs(step.trained.rollouts, step.trained.rewards, 0)
     packed = truth.pack(step.trained.rollouts, inputs)
     truth.updater.update(packed, 0, sampler_is_exact=False)
@@ -129,3 +130,18 @@ def test_weights_that_are_kept_in_two_places_cannot_come_back():
     trainer = sfpo(model=model)
     with pytest.raises(InputError, match="keeps a part of them elsewhere"):
         trainer.train_step(0)
+
+
+@pytest.mark.parametrize(("method", "lora"), [("t1", {}), ("t1", {"r": 4}), ("sfpo", {})])
+def test_a_run_goes_on_to_the_same_bits(tmp_path, method, lora):
+    """Where the reference had moved to, and the entropies of the steps before."""
+    model = ModelConfig(architecture={"model_type": "qwen3", **TINY}, lora=lora)
+    whole = tiny_config(tmp_path / "whole", method=method, max_steps=6, model=model)
+    train(whole)
+    parted = dataclasses.replace(
+        whole, output_dir=str(tmp_path / "parted"), save=SaveConfig(save_steps=3)
+    )
+    train(dataclasses.replace(parted, max_steps=5))
+    train(parted, resume=True)
+    rows = [row for row in numbers(tmp_path / "parted") if "loss" in row]
+    assert rows == [row for row in numbers(tmp_path / "whole") if "loss" in row]
