@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from bench_shared_prefix import Case
 from compare import exit_status
-from measure import count_big_blocks, high_water_mark, in_fresh_process, reset_high_water_mark
+from measure import count_big_blocks, in_fresh_process, reset_high_water_mark
 from rows import OURS, Row, environment, print_table, write_json
 from updates import save_model
 
@@ -92,12 +92,12 @@ def run_steps(setting: Setting, case: Case, quick: bool) -> Run:
         seconds, peak = [], 0
         for step in range(NUM_STEPS):
             if step == 1:
-                reset_high_water_mark()
+                trainer.memory.restart()
             began = time.perf_counter()
             trainer.train_step(step)
             seconds.append(time.perf_counter() - began)
             if step == 1:
-                peak = high_water_mark() - before
+                peak = trainer.memory.highest - before
     return Run(seconds[1:], peak, values_seconds)
 
 

@@ -17,7 +17,7 @@ from measure import count_big_blocks, high_water_mark, reset_high_water_mark
 
 from fastrl.assembly import build_trainer
 from fastrl.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, RolloutConfig
-from fastrl.metrics import Stopwatch
+from fastrl.phase_clock import PhaseClock
 from fastrl.policy import Policy, train_tokenizer
 from fastrl.sampler import Sampled, Scored
 from fastrl.types import Example, Prompts, Rewards, Rollouts
@@ -108,11 +108,14 @@ def run_ours(plan: Plan, overrides: dict[str, Any]) -> Run:
     for step, batch in enumerate(given):
         trainer.sampler = _Given(trainer.sampler, _sampled(batch, case.num_generations))
         before = reset_high_water_mark()
+        trainer.memory.restart()
         began = time.perf_counter()
         metrics = trainer.train_step(step).metrics
         seconds.append(time.perf_counter() - began)
         if step == MEASURED:
-            peak = high_water_mark() - before
+            peak = (
+                trainer.memory.highest - before
+            )  # of all phases, each of which sets the mark back
         losses.append(metrics["loss"])
         norms.append(metrics["grad_norm"])
     return Run(seconds[1:], peak, losses, norms)
@@ -128,7 +131,7 @@ class _Given:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
 
-    def sample(self, step: int, watch: Stopwatch, **_: Any) -> Sampled:
+    def sample(self, step: int, watch: PhaseClock, **_: Any) -> Sampled:
         """What was given, in no time."""
         watch.lap("rollout")
         watch.lap("score")

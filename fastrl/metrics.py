@@ -6,8 +6,6 @@ Legend: B completions, S trained tokens.
 from __future__ import annotations
 
 import math
-import resource
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,12 +14,11 @@ from torch import Tensor
 
 from fastrl.methods.inputs import StepInputs
 from fastrl.packing import PackedPass, split_cost
+from fastrl.phase_clock import PhaseClock
 from fastrl.selection import zero_spread_fraction
 from fastrl.types import Rewards, Rollouts, StepMetrics
 from fastrl_kernels import PolicyLoss, token_loss
 from fastrl_kernels.objectives import Objective, policy_gradient
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -36,20 +33,6 @@ class TokenRecord:
     rollout_logps: Tensor | None
     ref_logps: Tensor | None
     rollout_weights: Tensor | None
-
-
-class Stopwatch:
-    """Wall-clock seconds of the phases of a step."""
-
-    def __init__(self) -> None:
-        self.started = self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        """The time since the last lap belongs to `name`, beside what it had before."""
-        now = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
-        self.last = now
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Rewards, *, pass_threshold: float) -> StepMetrics:
@@ -162,14 +145,13 @@ def packing_metrics(passes: Sequence[PackedPass]) -> StepMetrics:
 
 
 def speed_metrics(
-    watch: Stopwatch, rollouts: Rollouts, passes: Sequence[PackedPass]
+    watch: PhaseClock, rollouts: Rollouts, passes: Sequence[PackedPass]
 ) -> StepMetrics:
-    """Seconds a phase; sampled tokens a second and packed training tokens a second."""
+    """Seconds and memory of the phases, sampled and packed training tokens a second."""
     num_sampled = int(rollouts.lengths.sum())
     num_packed = sum(len(item.plan.input_ids) for item in passes)
     return {
-        "step_time": watch.last - watch.started,
-        **{f"time/{name}": seconds for name, seconds in watch.laps.items()},
+        **watch.metrics,
         "tokens_per_second/rollout": num_sampled / watch.laps["rollout"],
         "tokens_per_second/train": num_packed / watch.laps["train"],
     }
@@ -211,10 +193,3 @@ def record_tokens(
         ref_logps=gather(batch.ref_logps for batch in batches),
         rollout_weights=gather(batch.rollout_weights for batch in batches),
     )
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory so far: allocated on a GPU, resident in the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

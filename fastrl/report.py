@@ -13,7 +13,6 @@ from typing import Any
 from fastrl.checkpoint import TrainerState
 from fastrl.config import Config
 from fastrl.evaluate import Evaluation
-from fastrl.metrics import peak_memory_bytes
 from fastrl.trainer import StepOutput, Trainer
 
 
@@ -88,7 +87,7 @@ def results_of(state: TrainerState, trainer: Trainer, evaluation: Evaluation) ->
         "warm_start_steps": state.warm_start_step,
         "num_tokens": state.num_tokens,
         "tokens_per_second": state.num_tokens / seconds if seconds else 0.0,
-        "peak_memory_bytes": peak_memory_bytes(trainer.policy.device),
+        "peak_memory_bytes": trainer.memory.highest,
         "num_parameters": trainer.policy.num_parameters,
     }
 

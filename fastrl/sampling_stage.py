@@ -23,7 +23,7 @@ from fastrl.config import Config
 from fastrl.encoding import decode_completions, encode_prompts
 from fastrl.methods.inputs import StepInputs
 from fastrl.methods.record import Method
-from fastrl.metrics import Stopwatch
+from fastrl.phase_clock import PhaseClock
 from fastrl.policy import Policy
 from fastrl.prompt_stream import PromptStream
 from fastrl.replay import Recorded, Recorder, Replay
@@ -99,7 +99,7 @@ class SamplingStage:
         )  # fmt: skip
 
     def sample(
-        self, step: int, watch: Stopwatch, *, keeps: Callable[[Scored], Tensor] | None
+        self, step: int, watch: PhaseClock, *, keeps: Callable[[Scored], Tensor] | None
     ) -> Sampled:
         """P prompts with scored completions.
 
@@ -125,7 +125,7 @@ class SamplingStage:
             self.reward_metrics |= self.values.metrics(sampled.trained.rollouts.prompts)
         return sampled
 
-    def _sample_round(self, num_prompts: int, step: int, number: int, watch: Stopwatch) -> Scored:
+    def _sample_round(self, num_prompts: int, step: int, number: int, watch: PhaseClock) -> Scored:
         """Round `number` of a step, from 0: the next prompts, G completions of each, rewards."""
         prompts, indices = self._next_prompts(num_prompts)
         texts: list[str] | None = None
@@ -146,7 +146,7 @@ class SamplingStage:
             self.engine, self.scorer, self.policy.tokenizer, prompts, sampling, generator
         )
 
-    def _sample_partial(self, step: int, watch: Stopwatch, max_tokens: int) -> Sampled:
+    def _sample_partial(self, step: int, watch: PhaseClock, max_tokens: int) -> Sampled:
         """Groups that are under way and new ones, P together; those that end are trained on."""
         flight = self._in_flight()
         before = int(flight.rollouts.lengths.sum())
@@ -180,7 +180,7 @@ class SamplingStage:
         return side_by_side(parts)
 
     def _score(
-        self, rollouts: Rollouts, step: int, number: int, watch: Stopwatch,
+        self, rollouts: Rollouts, step: int, number: int, watch: PhaseClock,
         texts: list[str] | None,
     ) -> Scored:  # fmt: skip
         """Texts and rewards of completions that have ended; solved prompts are counted."""

@@ -25,12 +25,9 @@ from fastrl.methods.estimates import kept_prompts, rows_to_train
 from fastrl.methods.inputs import StepInputs, scheduled
 from fastrl.methods.record import Method
 from fastrl.metrics import (
-    GIB,
-    Stopwatch,
     advantage_metrics,
     kl_metrics,
     packing_metrics,
-    peak_memory_bytes,
     record_tokens,
     rollout_metrics,
     speed_metrics,
@@ -38,6 +35,7 @@ from fastrl.metrics import (
 )
 from fastrl.mini_batches import MiniBatch, cut, only
 from fastrl.packing import PackedPass, pack_rollouts
+from fastrl.phase_clock import PeakMemory, PhaseClock
 from fastrl.phases import start_inputs, with_sampler_logps
 from fastrl.policy import Policy
 from fastrl.reference import Reference
@@ -99,6 +97,7 @@ class Trainer:
             head_dtype=policy.head_dtype,
         )
         self.row_flops = row_flops(policy.model)
+        self.memory = PeakMemory(policy.device)
         self.critic = None
         if method.value_loss is not None:
             check_critic(config, method)
@@ -117,7 +116,7 @@ class Trainer:
 
     def train_step(self, step: int) -> StepOutput:
         """Step `step` (from 0): a function of weights, optimizer, seed, `step` and the stream."""
-        watch = Stopwatch()
+        watch = PhaseClock(self.memory)
         sampled = self.sample(step, watch)
         self.last_sampled = sampled
         if sampled.is_empty:
@@ -144,7 +143,7 @@ class Trainer:
         if share:
             self.reference.update(self.policy, share)
 
-    def sample(self, step: int, watch: Stopwatch) -> Sampled:
+    def sample(self, step: int, watch: PhaseClock) -> Sampled:
         """P prompts with scored completions, others for those that the selection leaves out."""
 
         def keeps(new: Scored) -> Tensor:
@@ -217,7 +216,9 @@ class Trainer:
         logps = token_statistics(self.reference, item.plan, self.temperature).logps
         return PackedPass(item.plan, dataclasses.replace(item.batch, ref_logps=logps))
 
-    def metrics(self, step: int, sampled: Sampled, update: Update, watch: Stopwatch) -> StepMetrics:
+    def metrics(
+        self, step: int, sampled: Sampled, update: Update, watch: PhaseClock
+    ) -> StepMetrics:
         """Everything that is logged about the step; rewards and lengths are of all completions."""
         rollouts, rewards = sampled.everything.rollouts, sampled.everything.rewards
         threshold = self.config.eval.pass_threshold
@@ -249,18 +250,15 @@ class Trainer:
             **(update.sampler_gap or {}),
             **speed_metrics(watch, rollouts, update.passes),
             **(sampled.carried or {}),
-            "memory/peak_gib": peak_memory_bytes(self.policy.device) / GIB,
         }
 
-    def skipped_metrics(self, step: int, sampled: Sampled, watch: Stopwatch) -> StepMetrics:
+    def skipped_metrics(self, step: int, sampled: Sampled, watch: PhaseClock) -> StepMetrics:
         """What is logged where no prompt has all its completions yet: weights stay as they are."""
         return {
             "loss": 0.0,
             "grad_norm": 0.0,
             "learning_rate": self.updater.set_learning_rates(self.method, step),
             **self.sampler.stream.metrics,
-            "step_time": watch.last - watch.started,
-            **{f"time/{name}": seconds for name, seconds in watch.laps.items()},
+            **watch.metrics,
             **(sampled.carried or {}),
-            "memory/peak_gib": peak_memory_bytes(self.policy.device) / GIB,
         }

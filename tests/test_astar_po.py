@@ -12,7 +12,7 @@ from fastrl.assembly import build_trainer
 from fastrl.config import RolloutConfig, SaveConfig, WarmStartConfig
 from fastrl.errors import InputError
 from fastrl.methods import METHODS
-from fastrl.metrics import Stopwatch
+from fastrl.phase_clock import PhaseClock
 from fastrl.report import read_metrics
 from fastrl.run import train
 from fastrl.trainer import Trainer
@@ -63,7 +63,7 @@ def test_a_step_is_the_formula(tmp_path, max_tokens_per_pass, parts):
 def written_out(trainer, reference, rewards_of, parts):
     """Loss and gradient of step 0, a completion at a time; a mean over each part, and their sum."""
     state = trainer.sampler.stream.state_dict()
-    sampled = trainer.sample(0, Stopwatch())
+    sampled = trainer.sample(0, PhaseClock())
     trainer.sampler.stream.load_state_dict(state)
     rollouts, rewards = sampled.trained.rollouts, sampled.trained.rewards.total.double()
     assert rollouts.num_generations == 1
@@ -190,7 +190,7 @@ def test_prompts_that_are_never_solved_are_left_out(tmp_path):
     trainer.sampler.values.prepare()
     asked = []
     for step in range(4):
-        sampled = trainer.sample(step, Stopwatch())
+        sampled = trainer.sample(step, PhaseClock())
         asked += value_keys(sampled.trained.rollouts.prompts, trainer.task)
         indices = trainer.sampler.recorded[0].indices
         examples = [trainer.task.train_example(index).prompt for index in indices]
@@ -222,7 +222,7 @@ def test_aapo_compares_with_one_reference_completion_each(tmp_path):
     found = ValueStore(directory, 4, {}).rewards
     trainer = build_trainer(config)
     trainer.sampler.values.prepare()
-    sampled = trainer.sample(0, Stopwatch()).trained
+    sampled = trainer.sample(0, PhaseClock()).trained
     inputs = trainer.inputs(sampled.rollouts, sampled.rewards, 0)
     keys = value_keys(sampled.rollouts.prompts, trainer.task)
     assert inputs.ref_rewards.tolist() == [reward for key in keys for reward in found[key]]

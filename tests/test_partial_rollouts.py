@@ -13,7 +13,7 @@ from fastrl.assembly import build_trainer
 from fastrl.carried import InFlight, begun, in_flight_from, side_by_side, staleness_metrics
 from fastrl.config import Config, DataConfig, EvalConfig, SaveConfig
 from fastrl.errors import InputError
-from fastrl.metrics import Stopwatch
+from fastrl.phase_clock import PhaseClock
 from fastrl.report import read_metrics
 from fastrl.rollout import Sampling
 from fastrl.run import train
@@ -247,7 +247,7 @@ def test_what_is_in_flight_goes_through_a_checkpoint_bit_by_bit(tmp_path):
     trainer = build_trainer(dataclasses.replace(config, rollout=rollout))
     sampler = trainer.sampler
     for step in range(2):
-        sampler.sample(step, Stopwatch(), keeps=None)
+        sampler.sample(step, PhaseClock(), keeps=None)
     flight = sampler.carried
     assert flight is not None
     again = in_flight_from(flight.state(), trainer.task)

@@ -13,7 +13,7 @@ import torch
 from fastrl.assembly import build_trainer
 from fastrl.config import RolloutConfig
 from fastrl.errors import InputError
-from fastrl.metrics import Stopwatch
+from fastrl.phase_clock import PhaseClock
 from fastrl.run import train
 from fastrl.types import Rollouts
 from fastrl.values.fingerprint import value_keys
@@ -45,7 +45,7 @@ def test_remax_subtracts_what_the_greedy_completion_scores(tmp_path, num_generat
     config = astar_config(tmp_path, method="remax", rollout=rollout)
     trainer = build_trainer(config)
     for step in range(2):
-        scored = trainer.sample(step, Stopwatch()).trained
+        scored = trainer.sample(step, PhaseClock()).trained
         prompts = scored.rollouts.prompts
         expected = []
         for ids, example in zip(prompts.token_ids, prompts.examples, strict=True):
@@ -123,7 +123,7 @@ def test_spo_compares_with_the_rate_before_its_reward(tmp_path):
     known: dict[str, Estimate] = {}
     last: dict[str, tuple] = {}
     for step in range(3):
-        output = trainer.sample(step, Stopwatch()).trained
+        output = trainer.sample(step, PhaseClock()).trained
         keys = value_keys(output.rollouts.prompts, trainer.task)
         assert len(set(keys)) == 9
         inputs = trainer.inputs(output.rollouts, output.rewards, step)
