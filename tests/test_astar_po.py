@@ -10,6 +10,7 @@ import torch
 
 from fastrl.assembly import build_trainer
 from fastrl.config import RolloutConfig, SaveConfig, WarmStartConfig
+from fastrl.config_io import load_config
 from fastrl.errors import InputError
 from fastrl.methods import METHODS
 from fastrl.phase_clock import PhaseClock
@@ -20,7 +21,7 @@ from fastrl.values.fingerprint import value_keys
 from fastrl.values.store import ValueStore
 from fastrl.vstar import run_vstar
 from tests.helpers_updates import make_exact
-from tests.test_training import numbers, weights
+from tests.test_training import EXAMPLES, numbers, weights
 from tests.test_values import Killed, astar_config, small_batches, stored  # noqa: F401
 
 
@@ -227,3 +228,13 @@ def test_aapo_compares_with_one_reference_completion_each(tmp_path):
     keys = value_keys(sampled.rollouts.prompts, trainer.task)
     assert inputs.ref_rewards.tolist() == [reward for key in keys for reward in found[key]]
     assert not METHODS["aapo"].missing
+
+
+def test_the_example_is_a_run_that_can_begin(tmp_path):
+    config = load_config(EXAMPLES / "demo_astar_po.toml")
+    config = dataclasses.replace(
+        config, max_steps=1, prompts_per_step=4, values_dir=str(tmp_path / "values"),
+        warm_start=WarmStartConfig(),
+    )  # fmt: skip
+    summary = run_vstar(config)
+    assert (summary.num_prompts, summary.num_samples) == (4, 8)
