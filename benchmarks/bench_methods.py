@@ -74,9 +74,10 @@ SETTINGS = (
 )
 
 
-def run_steps(setting: Setting, case: Case, quick: bool) -> Run:
-    """Steps of a fresh trainer."""
-    count_big_blocks()
+def run_steps(setting: Setting, case: Case, quick: bool, for_memory: bool) -> Run:
+    """Steps of a fresh trainer; for_memory: at the cost of time."""
+    if for_memory:
+        count_big_blocks()
     with tempfile.TemporaryDirectory() as directory:
         save_model(directory, quick)
         trainer_config = _config(setting, case, directory)
@@ -122,26 +123,23 @@ def _config(setting: Setting, case: Case, directory: str) -> Config:
     )  # fmt: skip
 
 
-def measure(case: Case, num_turns: int, *, quick: bool) -> list[Row]:
-    """Settings in turns."""
-    runs: dict[str, list[Run]] = {setting.name: [] for setting in SETTINGS}
-    for _ in range(num_turns):
-        for setting in SETTINGS:
-            runs[setting.name].append(in_fresh_process(run_steps, setting, case, quick))
+def measure(case: Case, *, quick: bool) -> list[Row]:
+    """Settings in turns, once for time and once for memory."""
     where, rows = environment("cpu"), []
     levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    for name, found in runs.items():
-        seconds = [value for run in found for value in run.seconds]
-        times = torch.tensor(seconds, dtype=torch.float64).quantile(levels) * 1000
-        before = max(run.values_seconds for run in found)
+    for setting in SETTINGS:
+        timed = in_fresh_process(run_steps, setting, case, quick, False)
+        weighed = in_fresh_process(run_steps, setting, case, quick, True)
+        times = torch.tensor(timed.seconds, dtype=torch.float64).quantile(levels) * 1000
+        before = timed.values_seconds
         note = f"{before:.1f} s before for {NUM_STEPS} steps' prompts" if before else ""
         rows.append(
             Row(
                 case=f"step prompts={case.num_prompts} P={case.prompt_length} "
                 f"R={case.completion_length} float32",
-                implementation=name, correct=True, environment=where,
+                implementation=setting.name, correct=True, environment=where,
                 p20_ms=float(times[0]), p50_ms=float(times[1]), p80_ms=float(times[2]),
-                peak_bytes=max(run.peak_bytes for run in found), note=note,
+                peak_bytes=weighed.peak_bytes, note=note,
             )
         )  # fmt: skip
     return rows
@@ -154,7 +152,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
     case = Case(2, 48, 8, 8) if args.quick else Case(4, 256, 128, 8)
-    rows = measure(case, 1 if args.quick else 2, quick=args.quick)
+    rows = measure(case, quick=args.quick)
     print_table(rows)
     first = rows[0]
     for row in rows[1:]:

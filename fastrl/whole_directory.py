@@ -36,11 +36,11 @@ class renamed_when_whole:
         text = json.dumps(_sums(self.partial), indent=1)
         (self.partial / MANIFEST).write_text(text, encoding="utf-8")
         for path in [*self.partial.rglob("*"), self.partial]:
-            _sync(path)
+            sync(path)
         if self.target.exists():
             shutil.rmtree(self.target)
         self.partial.rename(self.target)
-        _sync(self.target.parent)
+        sync(self.target.parent)
 
 
 def problem_of(directory: Path) -> str | None:
@@ -77,7 +77,7 @@ def _sums(directory: Path) -> dict[str, list[int | str]]:
     return found
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the file or directory on the disk, not in a cache that a power cut would empty."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

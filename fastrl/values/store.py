@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from fastrl.errors import InputError
+from fastrl.whole_directory import sync
 
 ABOUT = "about.json"
 SHARDS = "rewards-*.jsonl"
@@ -78,7 +79,7 @@ class ValueStore:
                 f"cannot write values of prompts to {self.directory}: {error.strerror}; choose "
                 "another values_dir"
             ) from error
-        _sync_directory(self.directory)
+        sync(self.directory)
         return shard
 
     def _read(self, shard: Path) -> None:
@@ -113,12 +114,3 @@ class ValueStore:
             for key, row in found.items()
         )
         return found if whole else None
-
-
-def _sync_directory(directory: Path) -> None:
-    """A new name is on disk."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
