@@ -208,7 +208,7 @@ def test_bad_options(options, message):
     ("spec", "message"),
     [
         ("reasoning-gym:gcd", r"unknown kind of task 'reasoning-gym' .*mean 'reasoning_gym'\?"),
-        ("gcd", "expected a task like 'reasoning_gym:chain_sum' or 'jsonl:PATH', got 'gcd'"),
+        ("gcd", "'reasoning_gym:chain_sum' or 'jsonl:PATH', or 'mixture', got 'gcd'"),
         ("jsonl:", "expected a task like"),
     ],
 )
