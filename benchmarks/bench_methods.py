@@ -40,7 +40,7 @@ from fastrl.config import (
 from fastrl.methods.needs import requirements
 from fastrl.reference import make_reference
 
-NUM_STEPS = 4  # of which the first is not timed
+NUM_STEPS = 3  # of which the first is not timed
 REWARD = """
 def parity(completion_ids, **columns):
     return [float(sum(ids) % 2) for ids in completion_ids]
@@ -151,7 +151,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tiny model, to try the benchmark")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
-    case = Case(2, 48, 8, 8) if args.quick else Case(4, 256, 128, 8)
+    case = Case(2, 48, 8, 8) if args.quick else Case(2, 128, 64, 8)
     rows = measure(case, quick=args.quick)
     print_table(rows)
     first = rows[0]
