@@ -20,10 +20,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from bench_shared_prefix import Case
 from compare import exit_status
-from measure import count_big_blocks, in_fresh_process, reset_high_water_mark
+from measure import count_big_blocks, in_fresh_process, quantiles, reset_high_water_mark
 from rows import OURS, Row, environment, print_table, write_json
 from updates import save_model
 
@@ -126,11 +125,10 @@ def _config(setting: Setting, case: Case, directory: str) -> Config:
 def measure(case: Case, *, quick: bool) -> list[Row]:
     """Settings in turns, once for time and once for memory."""
     where, rows = environment("cpu"), []
-    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     for setting in SETTINGS:
         timed = in_fresh_process(run_steps, setting, case, quick, False)
         weighed = in_fresh_process(run_steps, setting, case, quick, True)
-        times = torch.tensor(timed.seconds, dtype=torch.float64).quantile(levels) * 1000
+        times = quantiles([1000 * value for value in timed.seconds])
         before = timed.values_seconds
         note = f"{before:.1f} s before for {NUM_STEPS} steps' prompts" if before else ""
         rows.append(
@@ -138,7 +136,7 @@ def measure(case: Case, *, quick: bool) -> list[Row]:
                 case=f"step prompts={case.num_prompts} P={case.prompt_length} "
                 f"R={case.completion_length} float32",
                 implementation=setting.name, correct=True, environment=where,
-                p20_ms=float(times[0]), p50_ms=float(times[1]), p80_ms=float(times[2]),
+                p20_ms=times.p20, p50_ms=times.p50, p80_ms=times.p80,
                 peak_bytes=weighed.peak_bytes, note=note,
             )
         )  # fmt: skip

@@ -21,8 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from compare import exit_status
+from measure import quantiles
 from rows import OURS, Row, environment, print_table, write_json
 
 from fastrl.assembly import build_trainer
@@ -142,17 +142,16 @@ def measure(config: Config, num_steps: int, num_rounds: int) -> list[Row]:
             seconds[name] += block.seconds
             lengths[name].append(block.mean_length)
     where = environment("cpu")
-    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     rows = []
     for name, values in seconds.items():
-        times = torch.tensor(values, dtype=torch.float64).quantile(levels) * 1000
+        times = quantiles([1000 * value for value in values])
         note = f"completions of {sum(lengths[name]) / len(lengths[name]):.2f} tokens"
         rows.append(
             Row(
                 case=f"GRPO step of the demo, {config.prompts_per_step} prompts x "
                 f"{config.rollout.num_generations}",
-                implementation=name, correct=True, environment=where, p20_ms=float(times[0]),
-                p50_ms=float(times[1]), p80_ms=float(times[2]), note=note,
+                implementation=name, correct=True, environment=where, p20_ms=times.p20,
+                p50_ms=times.p50, p80_ms=times.p80, note=note,
             )
         )  # fmt: skip
     return rows

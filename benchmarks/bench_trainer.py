@@ -20,10 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from bench_shared_prefix import Case
 from compare import exit_status
-from measure import in_fresh_process
+from measure import in_fresh_process, quantiles
 from rows import OURS, Row, environment, print_table, write_json
 from updates import Plan, Run, run_ours, run_trl
 
@@ -74,14 +73,13 @@ def measure(
     plan = Plan(case, num_steps=4, num_iterations=1, quick=quick)
     thrifty = plan._replace(num_steps=2, for_memory=True)
     where, rows = environment("cpu"), []
-    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     for name, run, settings in contenders:
         seconds = in_fresh_process(run, plan, settings).seconds
-        times = torch.tensor(seconds, dtype=torch.float64).quantile(levels) * 1000
+        times = quantiles([1000 * value for value in seconds])
         rows.append(
             Row(
                 case=f"update {case}", implementation=name, correct=correct, environment=where,
-                p20_ms=float(times[0]), p50_ms=float(times[1]), p80_ms=float(times[2]),
+                p20_ms=times.p20, p50_ms=times.p50, p80_ms=times.p80,
                 peak_bytes=in_fresh_process(run, thrifty, settings).peak_bytes,
             )
         )  # fmt: skip

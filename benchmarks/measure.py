@@ -22,7 +22,7 @@ import gc
 import multiprocessing
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,11 +60,13 @@ def time_interleaved(
         shuffle(order)
         for name in order:
             times[name].append(time_one(steps[name]))
+    return {name: quantiles(values) for name, values in times.items()}
+
+
+def quantiles(milliseconds: Sequence[float]) -> Timing:
+    """p20, p50 and p80 of several calls."""
     levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    return {
-        name: Timing(*torch.tensor(values, dtype=torch.float64).quantile(levels).tolist())
-        for name, values in times.items()
-    }
+    return Timing(*torch.tensor(milliseconds, dtype=torch.float64).quantile(levels).tolist())
 
 
 def time_on_cpu(step: Step) -> float:

@@ -202,7 +202,8 @@ class Run:
             if config.eval.eval_steps and step % config.eval.eval_steps == 0:
                 evaluation = self._evaluate(trainer.learner)
             is_best = self.state.best_step == step
-            if save.save_steps and (is_best or step % save.save_steps == 0):
+            is_due = bool(save.save_steps) and (is_best or step % save.save_steps == 0)
+            if is_due and step < config.max_steps:  # the last step is saved below
                 self._save(trainer.learner)
             if self.stop.requested and step < config.max_steps:
                 self._interrupt(trainer.learner)
