@@ -19,8 +19,9 @@ from contextlib import suppress
 from fastrl.errors import InputError
 from fastrl.rewards.calls import Answer, Call, Failure, Ready, Settings, Unloadable, lost
 from fastrl.rewards.channel import Channel
+from fastrl.rewards.progress import NOT_BEGUN
 from fastrl.rewards.worker import failure_of
-from fastrl.rewards.worker_process import NOT_BEGUN, Closable, WorkerProcess, start_worker
+from fastrl.rewards.worker_process import Closable, WorkerProcess, start_worker
 from fastrl.tasks import Task
 
 LOAD_ATTEMPTS = 3  # how many workers in a row may end before they make a call

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import pickle
 import signal
-import struct
 import sys
 import time
 import traceback
@@ -20,15 +18,15 @@ from fastrl.rewards.calls import Answer, Call, Failure, Ready, Unloadable
 from fastrl.rewards.channel import Channel
 from fastrl.rewards.function import RewardFunction
 from fastrl.rewards.load import load_function_of
+from fastrl.rewards.progress import Progress
 from fastrl.tasks import Task
 
-PROGRESS = struct.Struct("=dq")  # when the current call of a batch began (monotonic), and which
 ANSWER_SECONDS = 0.005  # answers are kept this long at most, so that little is lost with a worker
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 def work(
-    channel: Channel, progress: mmap.mmap, specs: Sequence[str], task: Task | None, parent: int
+    channel: Channel, progress: Progress, specs: Sequence[str], task: Task | None, parent: int
 ) -> None:
     """Load the rewards, then answer batches of calls until the supervisor hangs up."""
     os.setsid()  # so that what a reward starts is killed with it
@@ -84,7 +82,7 @@ class _Answers:
 
 def _answer_all(
     channel: Channel,
-    progress: mmap.mmap,
+    progress: Progress,
     functions: Sequence[RewardFunction],
     calls: Sequence[Call],
 ) -> None:
@@ -95,9 +93,8 @@ def _answer_all(
         loaded: dict[bytes, Example] = {}
         width = len(call.tickets) if call.is_together else 1
         for start in range(0, len(call.tickets), width):
-            now = time.monotonic()
-            answers.send_if_old(now)
-            PROGRESS.pack_into(progress, 0, now, position)
+            answers.send_if_old(time.monotonic())
+            progress.note(position)
             answers.add(_answer(functions[call.reward], call.rows(start, start + width), loaded))
             if not channel.is_open:
                 os._exit(1)  # while `progress` still names the call that closed it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import signal
 import socket
@@ -14,10 +13,9 @@ from typing import Any, Protocol
 
 from fastrl.rewards.calls import Answer, Call, Ready, Settings, Unloadable
 from fastrl.rewards.channel import Channel
-from fastrl.rewards.worker import PROGRESS, work
+from fastrl.rewards.progress import NOT_BEGUN, Progress
+from fastrl.rewards.worker import work
 from fastrl.tasks import Task
-
-NOT_BEGUN = -1
 
 
 class Closable(Protocol):
@@ -29,9 +27,7 @@ class Closable(Protocol):
 class WorkerProcess:
     """A worker and the batch of calls it works on."""
 
-    def __init__(
-        self, pid: int, channel: Channel, progress: mmap.mmap, load_seconds: float
-    ) -> None:
+    def __init__(self, pid: int, channel: Channel, progress: Progress, load_seconds: float) -> None:
         self.pid = pid
         self.channel = channel
         self.calls: list[Call] = []
@@ -39,7 +35,7 @@ class WorkerProcess:
         self._num_given = 0  # likewise
         self.is_loading = True
         self.has_hung_up = False
-        self._progress = progress  # memory that the worker writes to, see PROGRESS
+        self._progress = progress
         self._load_deadline = time.monotonic() + load_seconds
 
     @property
@@ -53,8 +49,7 @@ class WorkerProcess:
 
         NOT_BEGUN where it has yet to make one.
         """
-        index: int = PROGRESS.unpack_from(self._progress)[1]
-        return index
+        return self._progress.read().position
 
     def deadline(self, timeout_s: float) -> float | None:
         """When it is late (monotonic seconds); None where nothing is asked of it."""
@@ -62,14 +57,13 @@ class WorkerProcess:
             return self._load_deadline
         if self.is_idle:
             return None
-        started: float = PROGRESS.unpack_from(self._progress)[0]
-        return started + timeout_s
+        return self._progress.read().seconds + timeout_s
 
     def give(self, calls: list[Call]) -> None:
         """Let it work on these."""
         self.calls, self.num_answered = calls, 0
         self._num_given = sum(len(call.tickets) for call in calls)
-        PROGRESS.pack_into(self._progress, 0, time.monotonic(), NOT_BEGUN)
+        self._progress.note(NOT_BEGUN)
         with suppress(ConnectionError):  # its death will be noticed
             self.channel.send(calls)
 
@@ -108,7 +102,7 @@ def start_worker(
     others: what the worker has no business with.
     """
     ours, theirs = socket.socketpair()
-    progress = mmap.mmap(-1, mmap.PAGESIZE)
+    progress = Progress()
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
