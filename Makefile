@@ -8,7 +8,7 @@ demo: setup
 	.venv/bin/fastrl train examples/demo.toml --overwrite
 
 test: setup
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: setup
 	.venv/bin/ruff check .
