@@ -58,9 +58,11 @@ class Prepared(NamedTuple):
     make_floor: Callable[[], Step]
     floor_name: str
     flops: float | None = None
-    num_bytes: int | None = None
+    num_bytes: float | None = None
     overwritable: tuple[Tensor, ...] = ()
     """Inputs that a gradient may be written over."""
+    formulas: str = ""
+    """How flops and num_bytes were counted."""
 
 
 def prepare(

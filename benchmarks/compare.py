@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from cases import Loaders, Prepared
 from implementations import load
 from measure import (
+    Peaks,
+    ProcessLost,
     Step,
     Timing,
+    copy_bandwidth,
+    copy_step,
     in_fresh_process,
-    peak_on_cpu,
     peak_on_cuda,
+    peaks_on_cpu,
     time_interleaved,
 )
 from reference import Errors
-from rows import OURS, Row, environment, print_table, write_json
+from rows import OURS, Row, environment, print_table
+from suite import SuiteCase, exit_status, make_parser, run_suite
+
+__all__ = ["exit_status", "main", "measure_case"]
 
 Prepare = Callable[..., Prepared]
+
+COPY = "copy of memory"
 
 
 class Verdict(NamedTuple):
@@ -42,29 +48,28 @@ def main(
     description: str, make_cases: Callable[[bool, str], list[Any]], prepare: Prepare,
     loaders: Loaders,
 ) -> int:  # fmt: skip
-    """Command line shared by the benchmarks; 1 where one of our implementations is not correct."""
-    parser = argparse.ArgumentParser(description=description)
+    """Command line shared by the benchmarks of kernels; see suite.run_suite for what it returns."""
+    parser = make_parser(description)
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the benchmark")
-    parser.add_argument("--json", type=Path, help="write the rows here, after every case")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--against", nargs="+", metavar="PEER", help="only these, beside ours")
+    parser.add_argument(
+        "--limit", type=float, default=1200.0, help="seconds until a case is killed"
+    )
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda needs a CUDA device, found none; leave it out to measure on the CPU")
+        return 2
     if args.against:
-        unknown = set(args.against) - set(loaders)
-        if unknown:
-            parser.error(f"unknown {', '.join(sorted(unknown))}; there are {', '.join(loaders)}")
+        for name in sorted(set(args.against) - set(loaders)):
+            print(f"unknown peer {name!r}; there are {', '.join(loaders)}")
         kept = {name for name in loaders if name.startswith(OURS) or name in args.against}
         prepare = functools.partial(prepare_only, prepare, kept)
-    for line in load(loaders, args.device).absent:
-        print(f"absent: {line}")
-    rows: list[Row] = []
-    for case in make_cases(args.quick, args.device):
-        if args.only in str(case):
-            seconds = 5.0 if args.quick else 120.0
-            rows += measure_case(str(case), case, prepare, seconds=seconds, with_memory=True)
-            write_json(args.json, rows)
-    return exit_status(rows)
+    cases = [
+        kernel_case(case, prepare, seconds=5.0 if args.quick else 120.0, limit=args.limit)
+        for case in make_cases(args.quick, args.device)
+    ]
+    return run_suite(cases, args, absent=load(loaders, args.device).absent)
 
 
 def prepare_only(prepare: Prepare, kept: set[str], case: Any, only: str | None = None) -> Prepared:
@@ -72,9 +77,16 @@ def prepare_only(prepare: Prepare, kept: set[str], case: Any, only: str | None =
     return prepare(case, only, kept=kept)
 
 
-def exit_status(rows: list[Row]) -> int:
-    """1 where one of our implementations failed or is not correct, else 0."""
-    return int(any(row.implementation.startswith(OURS) and not row.correct for row in rows))
+def kernel_case(
+    case: Any, prepare: Prepare, *, seconds: float, limit: float, group: str = "",
+    with_memory: bool = True,
+) -> SuiteCase:  # fmt: skip
+    """A case for a suite; the group tells cases of the same name apart."""
+    name = f"{case} [{group}]" if group else str(case)
+    measure = functools.partial(
+        measure_case, name, case, prepare, seconds=seconds, with_memory=with_memory
+    )
+    return SuiteCase(name, measure, limit, case.shape.device)
 
 
 def measure_case(
@@ -85,15 +97,16 @@ def measure_case(
     device, dtype = case.shape.device, case.shape.dtype
     verdicts = {key: judge(step, prepared, dtype) for key, step in prepared.steps.items()}
     steps = {key: step for key, step in prepared.steps.items() if not verdicts[key].failure}
-    peaks: dict[str, int | None] = {}
+    peaks: dict[str, Peaks | None] = {}
     for key, step in steps.items() if with_memory else ():
         if device == "cuda":
-            peaks[key] = peak_on_cuda(step, lambda: release(prepared))
+            count = peak_on_cuda(step, lambda: release(prepared))
+            peaks[key] = Peaks(count, count)
             release(prepared)
         else:
-            peaks[key] = peak_in_fresh_process(prepare, case, key)
-    floor = {prepared.floor_name: prepared.make_floor()}
-    timings = time_interleaved(floor | steps, device=device, seconds=seconds)
+            peaks[key] = peaks_in_fresh_process(prepare, case, key)
+    ceilings = {prepared.floor_name: prepared.make_floor(), COPY: copy_step(device)}
+    timings = time_interleaved(ceilings | steps, device=device, seconds=seconds)
     release(prepared)
     rows = make_rows(name, prepared, verdicts, peaks, timings, environment(device))
     print_table(rows)
@@ -127,27 +140,28 @@ def release(prepared: Prepared) -> None:
         torch.cuda.empty_cache()
 
 
-def peak_in_fresh_process(prepare: Prepare, case: Any, name: str) -> int | None:
+def peaks_in_fresh_process(prepare: Prepare, case: Any, name: str) -> Peaks | None:
     """Peak bytes on CPU; None where the process was killed, which a machine out of memory does."""
     try:
-        return in_fresh_process(peak_of, prepare, case, name)
-    except BrokenProcessPool:
-        print(f"{case}: the process that measured the memory of {name} died")
+        return in_fresh_process(peaks_of, prepare, case, name)
+    except ProcessLost as reason:
+        print(f"{case}: no memory of {name}: {reason}")
         return None
 
 
-def peak_of(prepare: Prepare, case: Any, name: str) -> int:
+def peaks_of(prepare: Prepare, case: Any, name: str) -> Peaks:
     """Peak bytes of one implementation, in this process."""
     prepared = prepare(case, only=name)
-    return peak_on_cpu(prepared.steps[name], lambda: release(prepared))
+    return peaks_on_cpu(prepared.steps[name], lambda: release(prepared))
 
 
 def make_rows(
-    case: str, prepared: Prepared, verdicts: dict[str, Verdict], peaks: dict[str, int | None],
+    case: str, prepared: Prepared, verdicts: dict[str, Verdict], peaks: dict[str, Peaks | None],
     timings: dict[str, Timing], where: dict[str, str],
 ) -> list[Row]:  # fmt: skip
     """The floor first, then the implementations in their order."""
     floor_ms = timings[prepared.floor_name].p50
+    bandwidth = copy_bandwidth(prepared.leaves[0].device.type, timings[COPY])
     rows = []
     for name in [prepared.floor_name, *verdicts]:
         verdict = verdicts.get(name, Verdict(True, Errors()))
@@ -157,6 +171,10 @@ def make_rows(
             correct=verdict.correct,
             environment=where,
             floor_ms=floor_ms,
+            copy_gigabytes_per_second=bandwidth,
+            flops=prepared.flops,
+            num_bytes=prepared.num_bytes,
+            formulas=prepared.formulas,
             loss_error=verdict.errors.loss,
             logp_error=verdict.errors.logps,
             hidden_grad_error=verdict.errors.hidden_grad,
@@ -168,12 +186,16 @@ def make_rows(
     return rows
 
 
-def with_memory_of(row: Row, peak: int | None, gradient_bytes: int) -> Row:
-    """The row with its peak, where there is one."""
-    if peak is None:
+def with_memory_of(row: Row, peaks: Peaks | None, gradient_bytes: int) -> Row:
+    """The row with its peaks, where there are any."""
+    if peaks is None:
         return row
-    beyond = peak - gradient_bytes
-    return dataclasses.replace(row, peak_bytes=peak, beyond_gradients_bytes=beyond)
+    return dataclasses.replace(
+        row,
+        peak_bytes=peaks.resident,
+        tracked_peak_bytes=peaks.tracked,
+        beyond_gradients_bytes=peaks.resident - gradient_bytes,
+    )
 
 
 def with_times(row: Row, timing: Timing, prepared: Prepared) -> Row:

@@ -13,6 +13,8 @@ freed and the heap is trimmed; then the mark is set back to what is resident. So
 needs beyond its inputs: outputs, gradients, saved tensors and buffers, in pages really touched.
 ru_maxrss itself cannot be set back, and starts at the size of the parent process. Blocks of a
 mebibyte and more bypass the heap, so that holes in it, which differ from run to run, do not count.
+Beside it stands the tracker's count: most bytes that torch's own allocator had handed out and not
+got back during a call, which no page size blurs, and which sees no library's own buffers.
 """
 
 from __future__ import annotations
@@ -20,10 +22,15 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 import random
+import signal
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +40,20 @@ Step = Callable[[], Any]
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
 M_MMAP_THRESHOLD = -3  # from malloc.h
+COPIED_BYTES = {"cpu": 2**26, "cuda": 2**30}  # well beyond the caches
+GRACE_SECONDS = 10.0  # for a process to end after its answer
+
+
+class ProcessLost(Exception):
+    """A process ended without an answer; the message says how."""
+
+
+class Peaks(NamedTuple):
+    """Bytes of one call beyond its inputs."""
+
+    resident: int
+    tracked: int
+    """What torch's allocator had handed out."""
 
 
 class Timing(NamedTuple):
@@ -105,6 +126,18 @@ def peak_on_cuda(step: Step, release: Step) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def copy_step(device: str) -> Step:
+    """Copies COPIED_BYTES of memory once: as many bytes are read as written."""
+    source = torch.ones(COPIED_BYTES[device], dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def copy_bandwidth(device: str, timing: Timing) -> float:
+    """GB/s of a copy step, reads and writes together."""
+    return 2 * COPIED_BYTES[device] / timing.p50 / 1e6
+
+
 def peak_on_cpu(step: Step, release: Step) -> int:
     """Growth of the resident set in bytes; call it in a fresh process (see above)."""
     count_big_blocks()
@@ -113,6 +146,30 @@ def peak_on_cpu(step: Step, release: Step) -> int:
     before = reset_high_water_mark()
     step()
     return high_water_mark() - before
+
+
+def peaks_on_cpu(step: Step, release: Step) -> Peaks:
+    """Both counts of a call; call it in a fresh process (see above)."""
+    resident = peak_on_cpu(step, release)
+    release()
+    return Peaks(resident, tracked_peak(step))
+
+
+def tracked_peak(step: Step) -> int:
+    """Most bytes that torch's CPU allocator handed out in a call and had not got back yet.
+
+    The profiler hears of every block, inside operations and compiled code too. What is freed of
+    earlier blocks does not count.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports every start and stop otherwise
+    with torch.autograd.profiler.profile(use_cpu=True, profile_memory=True) as profile:
+        step()
+    events = [x for x in profile.kineto_results.events() if x.name() == "[memory]"]
+    in_use = highest = 0
+    for event in sorted(events, key=lambda x: x.start_ns()):
+        in_use += event.nbytes()
+        highest = max(highest, in_use)
+    return highest
 
 
 def count_big_blocks() -> None:
@@ -136,8 +193,53 @@ def high_water_mark() -> int:
     raise RuntimeError("expected VmHWM in /proc/self/status; memory on CPU is measured on Linux")
 
 
-def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """The function's result from a new interpreter; function and arguments must be picklable."""
+def in_fresh_process(
+    function: Callable[..., Any], *args: Any, limit_seconds: float | None = None
+) -> Any:
+    """The function's result from a new interpreter; function and arguments must be picklable.
+
+    Raises what the function raises, and ProcessLost where the process ends without an answer, or
+    has none after `limit_seconds`: then it is killed, with all processes it started.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *args).result()
+    receiver, sender = context.Pipe(duplex=False)
+    is_outermost = multiprocessing.parent_process() is None
+    process = context.Process(target=_answer, args=(sender, is_outermost, function, args))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(limit_seconds):
+            raise ProcessLost(f"killed after {limit_seconds:.0f} s")
+        succeeded, answer = receiver.recv()
+        process.join(GRACE_SECONDS)
+    except EOFError:
+        process.join(GRACE_SECONDS)
+        raise ProcessLost(f"its process ended with status {process.exitcode}") from None
+    finally:
+        _kill(process, with_group=is_outermost)
+    if succeeded:
+        return answer
+    raise answer
+
+
+def _answer(
+    sender: Connection, is_outermost: bool, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    """Sends what the function returned, or what it raised."""
+    if is_outermost:  # what it starts can then be killed with it
+        os.setpgid(0, 0)
+    try:
+        answer = (True, function(*args))
+    except Exception as error:  # the parent raises it
+        error.add_note(traceback.format_exc())
+        answer = (False, error)
+    sender.send(answer)
+
+
+def _kill(process: BaseProcess, *, with_group: bool) -> None:
+    """End a process, and what is left of those that it started."""
+    if with_group and process.pid is not None:
+        with suppress(ProcessLookupError, PermissionError):  # none left, or not yet a group
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
