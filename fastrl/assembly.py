@@ -12,6 +12,7 @@ import torch
 from fastrl.carried import check_partial_rollouts
 from fastrl.config import Config
 from fastrl.config_io import objective_of
+from fastrl.conversations import check_contexts, check_conversations, to_the_last_turn
 from fastrl.down_sampling import check_scores
 from fastrl.errors import InputError
 from fastrl.integrations.schedules import make_schedule
@@ -51,6 +52,7 @@ def build_trainer(config: Config, directory: Path | None = None) -> Trainer:
         )
     task, scorer = load_task_and_scorer(config)
     try:
+        check_conversations(config, method, task)
         policy = _policy(config, task, directory)
         _check_packing(policy)
         trainer = Trainer(config, policy, task, scorer, method)
@@ -78,7 +80,7 @@ def load_task_and_scorer(config: Config) -> tuple[Task, Scorer]:
     unanswered = [example for example in task.known_examples() if example.answer is None]
     try:
         for example in (task.train_example(0), *unanswered[:1]):
-            scorer.check(example)
+            scorer.check(to_the_last_turn(example))
     except BaseException:
         scorer.close()
         raise
@@ -128,7 +130,9 @@ def _check_packing(policy: Policy) -> None:
 def _check_lengths(config: Config, trainer: Trainer) -> None:
     """Prompts, positions and, for a warm start, solutions must fit before anything is spent."""
     first = [trainer.task.train_example(index) for index in range(config.prompts_per_step)]
-    trainer.encode([*first, *trainer.task.known_examples()])
+    known = [*first, *trainer.task.known_examples()]
+    trainer.encode(known)
+    check_contexts(known, trainer.encode, config.rollout)
     positions = getattr(trainer.policy.model.config.get_text_config(), "max_position_embeddings", 0)
     needed = config.rollout.max_prompt_length + config.rollout.max_completion_length
     rows = trainer.head_row_cost * config.rollout.max_completion_length

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.conversations import Answer, roll_out
 from fastrl.encoding import decode_completions
 from fastrl.rewards import Scorer
 from fastrl.rollout import Engine, Sampling
+from fastrl.sampler import Generated
 from fastrl.types import Prompts, Rollouts, StepMetrics
 
 PROMPTS_PER_BATCH = 128
@@ -45,18 +47,20 @@ class Evaluation:
 
 def evaluate_policy(
     engine: Engine, tokenizer: Any, prompts: Prompts, scorer: Scorer,
-    sampling: Sampling, generator: torch.Generator, *, pass_threshold: float,
+    sampling: Sampling, generator: torch.Generator, *, answer: Answer, pass_threshold: float,
 ) -> Evaluation:  # fmt: skip
     """Sample `sampling.num_generations` completions a prompt and score them like in training.
 
-    A completion passes when its total reward reaches `pass_threshold`.
+    A completion passes when its total reward reaches `pass_threshold`. answer: the later turns of
+    conversations, whose last answers are what is measured.
     """
     totals, lengths, finished = [], [], []
     for start in range(0, len(prompts), PROMPTS_PER_BATCH):
         stop = start + PROMPTS_PER_BATCH
         part = Prompts(prompts.token_ids[start:stop], prompts.examples[start:stop])
-        rollouts: Rollouts = engine.generate(part, sampling, generator)
-        texts = decode_completions(rollouts.completion_ids, tokenizer)
+        sampled: Rollouts = engine.generate(part, sampling, generator)
+        texts = decode_completions(sampled.completion_ids, tokenizer)
+        rollouts, texts = roll_out(Generated(sampled, texts), answer)
         totals.append(scorer.score(rollouts, texts).total)
         lengths.append(rollouts.lengths)
         finished.append(rollouts.finished)

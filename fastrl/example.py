@@ -17,3 +17,5 @@ class Example:
     prompt: str | list[Message]
     answer: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    later_turns: tuple[str, ...] = ()
+    """User messages still to come, each once the one before it has been answered."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from fastrl.assembly import build_trainer
 from fastrl.checkpoint import newest_checkpoint
 from fastrl.config import Config
+from fastrl.conversations import answers_of
 from fastrl.errors import InputError
 from fastrl.evaluate import Evaluation, evaluate_policy
 from fastrl.seeding import make_generator
@@ -24,13 +25,16 @@ def evaluate_held_out(trainer: Trainer, prompts: Prompts) -> Evaluation:
         num_generations=settings.num_samples,
         temperature=settings.temperature,
     )
+    engine, tokenizer = trainer.sampler.engine, trainer.policy.tokenizer
+    generator = make_generator(trainer.policy.device, trainer.config.seed, "eval")
     return evaluate_policy(
-        trainer.sampler.engine,
-        trainer.policy.tokenizer,
+        engine,
+        tokenizer,
         prompts,
         trainer.sampler.scorer,
         sampling,
-        make_generator(trainer.policy.device, trainer.config.seed, "eval"),
+        generator,
+        answer=answers_of(engine, tokenizer, trainer.encode, sampling, generator),
         pass_threshold=settings.pass_threshold,
     )
 

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastrl.config import Config
+from fastrl.conversations import as_recorded
 from fastrl.errors import InputError
 from fastrl.rollout_tensors import from_tensors, prompts_of, to_tensors
 from fastrl.sampler import Scored
 from fastrl.tasks.prompt import prompt_start
-from fastrl.types import Prompts, Rewards, Rollouts
+from fastrl.types import Example, Prompts, Rewards, Rollouts
 from fastrl.whole_directory import renamed_when_whole
 
 MANIFEST = "recording.json"
@@ -171,6 +172,18 @@ class Replay:
                     "and chat template"
                 )
         return from_tensors(rounds[number].tensors, prompts.examples)
+
+    def asked(self, step: int, number: int, examples: Sequence[Example]) -> list[Example]:
+        """Conversations at the turns that were recorded, with the answers before them.
+
+        Those that do not fit stay as they are: `rollouts` says so.
+        """
+        rounds = self._load(step)
+        lines = rounds[number].lines if number < len(rounds) else []
+        recorded = [line["prompt"] for line in lines[:: self.manifest["rollout.num_generations"]]]
+        if len(recorded) != len(examples):
+            return list(examples)
+        return [as_recorded(*pair) for pair in zip(examples, recorded, strict=True)]
 
     def rewards(self, step: int, number: int, texts: Sequence[str]) -> Rewards:
         """The recorded rewards of the completions with these texts."""

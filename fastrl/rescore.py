@@ -94,6 +94,11 @@ def _scored(rounds: list[SavedRound], task: Task, step: int) -> Iterator[Scored]
             continue
         indices = saved.tensors["indices"].tolist()
         examples = [task.train_example(index) for index in indices]
+        if any(example.later_turns for example in examples):
+            raise InputError(
+                "a recording of conversations holds the turn that was trained, not how they ended, "
+                "so they cannot be scored again"
+            )
         rollouts = rollouts_of_prompts(from_tensors(saved.tensors, examples), saved.scored_prompts)
         recorded = [line["prompt"] for line in saved.lines[:: rollouts.num_generations]]
         for example, prompt in zip(rollouts.prompts.examples, recorded, strict=True):

@@ -20,6 +20,16 @@ from fastrl.carried import (
     staleness_metrics,
 )
 from fastrl.config import Config
+from fastrl.conversations import (
+    Answer,
+    Turn,
+    answers_of,
+    draw_turns,
+    roll_in,
+    roll_out,
+    turn_metrics,
+    turn_of,
+)
 from fastrl.encoding import decode_completions, encode_prompts
 from fastrl.methods.inputs import StepInputs
 from fastrl.methods.record import Method
@@ -64,6 +74,7 @@ class SamplingStage:
             stop_strings=config.rollout.stop_strings,
         )
         self.max_sampling_rounds = method.max_sampling_rounds
+        self.draws_turn = method.draws_turn
         self.values: PromptValues | None = make_values(method, self)
         """What is known of prompts beside their own group, for methods that ask for it."""
         self.carried: InFlight | None = None
@@ -76,6 +87,8 @@ class SamplingStage:
         """The rounds of the last step."""
         self.reward_metrics: StepMetrics = {}
         """What scoring the last step met, summed over its rounds."""
+        self.turns: list[Turn] = []
+        """Of conversations in the last step: the turns that were drawn."""
 
     @property
     def is_current(self) -> bool:
@@ -106,7 +119,7 @@ class SamplingStage:
         keeps: with dynamic sampling, (P,) bool: those of some prompts that are trained on; others
         are sampled in place of the rest. None: all are.
         """
-        self.recorded, self.reward_metrics = [], {}
+        self.recorded, self.reward_metrics, self.turns = [], {}, []
         if self.values is not None and not self.values.is_ready:
             self.values.prepare()
             watch.lap("values")
@@ -121,6 +134,7 @@ class SamplingStage:
             )
         if self.recorder is not None:
             self.recorder.write(step, self.recorded)
+        self.reward_metrics |= turn_metrics(self.turns)
         if self.values is not None and not sampled.is_empty:
             self.reward_metrics |= self.values.metrics(sampled.trained.rollouts.prompts)
         return sampled
@@ -128,15 +142,40 @@ class SamplingStage:
     def _sample_round(self, num_prompts: int, step: int, number: int, watch: PhaseClock) -> Scored:
         """Round `number` of a step, from 0: the next prompts, G completions of each, rewards."""
         prompts, indices = self._next_prompts(num_prompts)
+        if self.draws_turn:
+            prompts = self._at_turns(prompts, step, number)
         texts: list[str] | None = None
         if self.replay is not None:
             rollouts = self.replay.rollouts(step, number, prompts)
+        elif self.draws_turn:  # what is scored is the end of the conversation, see _score
+            generator = self._generator(step, number)
+            rollouts = self.engine.generate(prompts, self.sampling, generator)
         else:
             rollouts, texts = self.generate(prompts, self.sampling, self._generator(step, number))
         watch.lap("rollout")
         scored = self._score(rollouts, step, number, watch, texts)
         self.recorded.append(Recorded(rollouts, indices, scored, tuple(range(num_prompts))))
         return scored
+
+    def _at_turns(self, prompts: Prompts, step: int, number: int) -> Prompts:
+        """Each conversation at a turn drawn by chance, after the policy's own answers so far."""
+        drawn = prompts.examples
+        if self.replay is not None:
+            asked = self.replay.asked(step, number, drawn)
+        else:
+            generator = make_generator(torch.device("cpu"), self.config.seed, "turn", step, number)
+            turns = draw_turns(drawn, generator)
+            asked = roll_in(drawn, turns, self._answers("before", step, number))
+        self.turns += map(turn_of, drawn, asked)
+        return self.encode(asked)
+
+    def _answers(self, where: str, step: int, number: int) -> Answer:
+        """Of the policy, before or after the turns of a round."""
+        device, seed = self.policy.device, self.config.seed
+        return answers_of(
+            self.engine, self.policy.tokenizer, self.encode, self.sampling,
+            make_generator(device, seed, "turns", where, step, number),
+        )  # fmt: skip
 
     def generate(
         self, prompts: Prompts, sampling: Sampling, generator: torch.Generator
@@ -189,7 +228,11 @@ class SamplingStage:
         if self.replay is not None:
             rewards = self.replay.rewards(step, number, texts)
         else:
-            rewards = self.scorer.score(rollouts, texts)
+            ended = Generated(rollouts, texts)
+            if self.draws_turn:
+                ended = roll_out(ended, self._answers("after", step, number))
+                watch.lap("rollout")
+            rewards = self.scorer.score(*ended)
             for name, value in self.scorer.metrics.items():
                 self.reward_metrics[name] = self.reward_metrics.get(name, 0.0) + value
         watch.lap("score")

@@ -36,6 +36,12 @@ def check_method(method: Method) -> None:
         _check_pairing(method)
     _check_values(method)
     _check_selection(method)
+    if method.draws_turn and (method.prompt_values or method.max_pass_rate is not None):
+        what = "prompt_values" if method.prompt_values else "max_pass_rate"
+        raise InputError(
+            f"{what} is of prompts that come again, but method {method.name!r} asks from another "
+            "turn of a conversation each time; remove it"
+        )
     if method.ratio_to_sampler and method.rollout_correction is not None:
         raise InputError(
             f"method {method.name!r} takes its ratios to the sampler's policy already; "

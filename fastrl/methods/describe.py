@@ -140,6 +140,7 @@ def besides(method: Method) -> dict[str, str]:
         "advantages": "of the kept completions alone" if method.advantage_after_selection else "",
         "denominator": f"{method.denominator} tokens" if method.denominator else "",
         "dynamic sampling": "other prompts for those left out" if method.dynamic_sampling else "",
+        "conversations": "one turn of each, drawn by chance" if method.draws_turn else "",
         "solved prompts": f"left at {method.max_pass_rate:g}" if method.max_pass_rate else "",
     }
     return {key: text for key, text in found.items() if text}

@@ -106,6 +106,9 @@ class Method:
     """Prompts of which the selection keeps nothing are replaced by others before the update."""
     max_sampling_rounds: int = 10
     """With dynamic sampling: how often prompts are sampled at most before a step is trained."""
+    draws_turn: bool = False
+    """Trains on one turn of every conversation, drawn by chance, for how the conversation ends;
+    other methods refuse conversations of several turns."""
     scores_from: Literal["auto", "sampler", "policy"] = "auto"
     """Whose entropies pick tokens, see `fastrl.down_sampling`."""
     max_pass_rate: float | None = None

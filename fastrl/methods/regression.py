@@ -26,8 +26,9 @@ REGRESSION = (
         source="REFUEL, arXiv:2410.04612",
         formula="(D1 - D2 - 1000 (R1 - R2))^2,  D of one turn, R the return from it on",
         loss=use("rebel", eta=1000.0),
-        settings="learning rate 3e-7; eta 1 and 4 inner epochs in the second setting",
-        missing="conversations of several turns that branch at a turn drawn by chance",
+        draws_turn=True,
+        settings="2 generations, learning rate 3e-7; eta 1 and 4 inner epochs in the second "
+        "setting",
     ),
     Method(
         name="copg",

@@ -12,8 +12,10 @@ import numpy as np
 
 from fastrl.errors import InputError
 from fastrl.example import Example, Message
-from fastrl.tasks.prompt import prompt_key, with_system_prompt
+from fastrl.tasks.prompt import example_key, with_system_prompt
 
+KINDS = ("prompt", "messages", "turns")
+"""What a record asks; it has one of these keys."""
 RESERVED = ("prompts", "completions", "completion_ids")  # what reward functions already receive
 SPLIT, EPOCH = range(2)  # streams of random numbers
 
@@ -21,9 +23,10 @@ SPLIT, EPOCH = range(2)  # streams of random numbers
 class JsonlTask:
     """Prompts of a file, reshuffled every epoch.
 
-    A record has `prompt` (text or chat messages) or `messages` (chat; a last assistant message is
-    the reference answer), maybe `answer`, and any other keys, which reward functions receive. A key
-    that only some records have is None in the others.
+    A record has `prompt` (text or chat messages), `messages` (chat; a last assistant message is the
+    reference answer) or `turns` (what the user says, message by message, the policy answering each
+    before the next), maybe `answer` (of a conversation's last turn), and any other keys, which
+    reward functions receive. A key that only some records have is None in the others.
     """
 
     has_verifier = False
@@ -46,8 +49,8 @@ class JsonlTask:
             order = np.random.default_rng([seed, SPLIT]).permutation(len(examples)).tolist()
             kept = max(len(examples) - eval_size, 0)
             held_out = [examples[row] for row in order[kept:]]
-        keys = {prompt_key(example.prompt) for example in held_out}
-        train = [example for example in examples if prompt_key(example.prompt) not in keys]
+        keys = {example_key(example) for example in held_out}
+        train = [example for example in examples if example_key(example) not in keys]
         if not train:
             raise InputError(
                 f"{path} has {len(examples)} records and holding out {len(held_out)} leaves no "
@@ -128,9 +131,9 @@ def _record(line: str, where: str) -> dict[str, Any]:
 
 
 def _example(record: dict[str, Any], where: str) -> Example:
-    if ("prompt" in record) == ("messages" in record):
+    if sum(key in record for key in KINDS) != 1:
         raise InputError(
-            f"{where}: expected exactly one of the keys 'prompt' and 'messages', got "
+            f"{where}: expected exactly one of the keys 'prompt', 'messages' and 'turns', got "
             f"{', '.join(map(repr, record)) or 'no key at all'}"
         )
     for key in RESERVED:
@@ -138,8 +141,11 @@ def _example(record: dict[str, Any], where: str) -> Example:
             raise InputError(
                 f"{where}: the key {key!r} is reserved for what reward functions receive; rename it"
             )
-    columns = {k: v for k, v in record.items() if k not in ("prompt", "messages", "answer")}
+    columns = {k: v for k, v in record.items() if k not in (*KINDS, "answer")}
     answer = _answer(record.get("answer"), where)
+    if "turns" in record:
+        first, *later = _turns(record["turns"], where)
+        return Example([{"role": "user", "content": first}], answer, columns, tuple(later))
     if "prompt" in record:
         return Example(_prompt(record["prompt"], where), answer, columns)
     messages = _messages(record["messages"], "messages", where)
@@ -176,6 +182,19 @@ def _prompt(value: Any, where: str) -> str | list[Message]:
         raise InputError(f"{where}: 'prompt' must be a string or messages, got {_kind(value)}")
     if not value.strip():
         raise InputError(f"{where}: 'prompt' is empty; expected some text")
+    return value
+
+
+def _turns(value: Any, where: str) -> list[str]:
+    if not isinstance(value, list) or not value:
+        raise InputError(
+            f"{where}: 'turns' must be a non-empty list of what the user says, got {_kind(value)}"
+        )
+    for number, text in enumerate(value, start=1):
+        if not isinstance(text, str):
+            raise InputError(f"{where}: turn {number} must be a string, got {_kind(text)}")
+        if not text.strip():
+            raise InputError(f"{where}: turn {number} is empty; expected some text")
     return value
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastrl.errors import InputError
 from fastrl.example import Example
-from fastrl.tasks.prompt import prompt_key, prompt_start
+from fastrl.tasks.prompt import example_key, prompt_start
 
 if TYPE_CHECKING:
     from fastrl.tasks import Task
@@ -50,7 +50,7 @@ class MixtureTask:
         self._eval = [
             self._from(name, x) for name, part in self._parts.items() for x in part.eval_examples()
         ]
-        self._held_out = {prompt_key(example.prompt) for example in self._eval}
+        self._held_out = {example_key(example) for example in self._eval}
 
     def train_example(self, index: int) -> Example:
         """Prompt `index` of the endless sequence in which the tasks take turns."""
@@ -59,7 +59,7 @@ class MixtureTask:
         name, row = self._turns[index]
         for other in range(OTHERS):
             example = self._parts[name].train_example(row + other * FAR)
-            if prompt_key(example.prompt) not in self._held_out:
+            if example_key(example) not in self._held_out:
                 return self._from(name, example)
         raise InputError(
             f"the prompts of {name} are held out by other tasks of the mixture, such as "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from fastrl.errors import InputError
-from fastrl.example import Message
+from fastrl.example import Example, Message
 
 START_LENGTH = 60  # characters of a prompt quoted in an error
 
@@ -33,6 +33,15 @@ def prompt_key(prompt: str | list[Message]) -> str:
     """A string equal for equal prompts; a plain string equals one user message of that text."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return json.dumps(messages, sort_keys=True)
+
+
+def example_key(example: Example) -> str:
+    """`prompt_key` of all that is asked: user messages still to come are a part of it."""
+    if not example.later_turns:
+        return prompt_key(example.prompt)
+    assert isinstance(example.prompt, list), "a conversation is a chat"
+    later = [{"role": "user", "content": text} for text in example.later_turns]
+    return prompt_key([*example.prompt, *later])
 
 
 def prompt_start(prompt: str | list[Message]) -> str:

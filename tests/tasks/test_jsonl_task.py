@@ -64,6 +64,27 @@ def test_records(tmp_path, record, prompt, answer, columns):
     assert (example.prompt, example.answer, dict(example.columns)) == (prompt, answer, columns)
 
 
+def test_turns_are_asked_one_after_the_other(tmp_path):
+    """All that the user says; what is held out is a conversation, not its first message."""
+    scripts = [["hi", "a"], ["hi", "b"], ["hi"], ["hi", "a", "c"]]
+    path = write(tmp_path / "t.jsonl", [{"turns": x, "answer": x[-1], "n": 1} for x in scripts])
+    task = load(path, eval_size=2)
+    found = [task.train_example(i) for i in range(2)] + task.eval_examples()
+    asked = {(x.prompt[0]["content"], *x.later_turns): (x.prompt, x.answer) for x in found}
+    assert asked == {tuple(x): ([{"role": "user", "content": x[0]}], x[-1]) for x in scripts}
+    assert all(dict(x.columns) == {"n": 1} for x in found)
+
+
+def test_a_mixture_tells_conversations_by_all_of_their_turns(tmp_path):
+    first = write(tmp_path / "a.jsonl", [{"turns": ["hi", f"{k}"]} for k in range(4)])
+    second = write(tmp_path / "b.jsonl", [{"turns": ["hi", f"{k}"]} for k in range(8)])
+    parts = [{"task": f"jsonl:{path}"} for path in (first, second)]
+    mixture = load_task("mixture", {"tasks": parts}, seed=0, eval_size=4)
+    held_out = {x.later_turns for x in mixture.eval_examples()}
+    trained = {x.later_turns for x in map(mixture.train_example, range(60))}
+    assert trained == {(f"{k}",) for k in range(8)} - held_out
+
+
 def test_a_key_of_some_records_is_none_in_the_others(tmp_path):
     path = write(tmp_path / "t.jsonl", [{"prompt": "a", "n": 1}, {"prompt": "b", "m": 2}])
     task = load(path)
@@ -147,6 +168,11 @@ USER = {"role": "user", "content": "q"}
         ('{"answer": "a"}', "t.jsonl:2: expected exactly one of the keys .*, got 'answer'"),
         ("{}", "t.jsonl:2: expected exactly one of the keys .*, got no key at all"),
         ('{"prompt": "a", "messages": []}', "t.jsonl:2: expected exactly one of the keys"),
+        ('{"prompt": "a", "turns": ["b"]}', "exactly one .*'turns', got 'prompt', 'turns'"),
+        ('{"turns": []}', r"t.jsonl:2: 'turns' must be a non-empty list of what the user says"),
+        ('{"turns": "a"}', "what the user says, got a string"),
+        ('{"turns": ["a", 3]}', r"t.jsonl:2: turn 2 must be a string, got a number \(3\)"),
+        ('{"turns": ["a", " "]}', "t.jsonl:2: turn 2 is empty"),
         ('{"prompt": 3}', r"t.jsonl:2: 'prompt' must be a string or messages, got a number \(3\)"),
         ('{"prompt": " "}', "t.jsonl:2: 'prompt' is empty"),
         ('{"prompt": []}', r"t.jsonl:2: 'prompt' must be a non-empty list, got a list \(\[\]\)"),
