@@ -3,9 +3,10 @@
 attention          outputs, then gradients of q, k and v for a random gradient of the outputs
 attention_forward  outputs without gradient
 
-"repeated rows" attend over G rows of P + R tokens each, whose copies of the prompt are there
-already: what it takes to make them is not counted. All others have the prompt once.
-N = P + G * R packed tokens, H heads, Hkv key-value heads, K head size.
+"repeated rows" attend over a row for each completion, whose copies of the prompt are there already:
+what it takes to make them is not counted. All others have the prompt once. Where lengths are
+log-normal, R is their mean and rows of a batch are padded to the longest.
+N packed tokens, H heads, Hkv key-value heads, K head size.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from reference import Errors
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q (..., H, K), k and v (..., Hkv, K) -> (..., H, K), where ... is N, or G and P + R."""
+
+SPREAD = 0.6  # of log-normal lengths: the longest of 16 is about 2.5 times the mean
 
 
 @dataclass(frozen=True)
@@ -41,31 +45,51 @@ class Group:
     head_size: int
     dtype: torch.dtype
     device: str
+    spread: float = 0.0
+    """Standard deviation of the logarithm of the completions' lengths."""
 
     def __str__(self) -> str:
         """As a case is named."""
+        lengths = (
+            f"{self.completion} log-normal {self.spread:g}" if self.spread else self.completion
+        )
         return (
-            f"P={self.prompt} R={self.completion} G={self.num_generations} H={self.num_heads} "
+            f"P={self.prompt} R={lengths} G={self.num_generations} H={self.num_heads} "
             f"Hkv={self.num_kv_heads} K={self.head_size} {str(self.dtype).removeprefix('torch.')}"
         )
 
     @property
+    def completions(self) -> list[int]:
+        """Their lengths, drawn with a fixed seed."""
+        return log_normal_lengths(self.completion, self.num_generations, self.spread)
+
+    @property
     def num_tokens(self) -> int:
         """N."""
-        return self.prompt + self.num_generations * self.completion
+        return self.prompt + sum(self.completions)
 
     @property
     def num_pairs(self) -> int:
         """Of a token and one that it sees."""
-        P, R, G = self.prompt, self.completion, self.num_generations
-        return P * (P + 1) // 2 + G * (R * P + R * (R + 1) // 2)
+        P = self.prompt
+        return P * (P + 1) // 2 + sum(R * P + R * (R + 1) // 2 for R in self.completions)
 
     @property
-    def rows(self) -> Tensor:
-        """(G, P + R) int64: the packed tokens of each completion with its prompt."""
-        P, R, G = self.prompt, self.completion, self.num_generations
-        prompt = torch.arange(P).expand(G, P)
-        return torch.cat([prompt, P + torch.arange(G * R).view(G, R)], 1).to(self.device)
+    def packed_rows(self) -> list[Tensor]:
+        """Int64 (P + R,): the packed tokens of each completion with its prompt."""
+        parts = torch.arange(self.prompt, self.num_tokens).split(self.completions)
+        prompt = torch.arange(self.prompt)
+        return [torch.cat([prompt, part]).to(self.device) for part in parts]
+
+    @property
+    def padded_rows(self) -> Tensor:
+        """(G, P + longest R) int64: the same padded with N, which is no token."""
+        return pad_sequence(self.packed_rows, batch_first=True, padding_value=self.num_tokens)
+
+    @property
+    def joined_rows(self) -> Tensor:
+        """(sum of P + R,) int64: the same one after the other."""
+        return torch.cat(self.packed_rows)
 
 
 @dataclass(frozen=True)
@@ -95,17 +119,36 @@ class Result(NamedTuple):
     out: Tensor
     leaves: Inputs  # with gradients, if any
     rows: Tensor | None
-    """(G, P + R): the packed tokens of what is not packed."""
+    """Of what is not packed, which packed token is where; N is none."""
+    num_tokens: int
 
     def packed(self, x: Tensor, *, is_sum: bool) -> Tensor:
         """(N, heads, K) float64; of the copies of a token their sum, or the first one's value."""
         if self.rows is None:
             return x.double()
-        total = x.new_zeros(int(self.rows.max()) + 1, *x.shape[2:], dtype=torch.float64)
+        places, values = self.rows.flatten(), x.double().reshape(-1, *x.shape[-2:])
+        total = values.new_zeros(self.num_tokens + 1, *x.shape[-2:])
         if is_sum:
-            return total.index_add(0, self.rows.flatten(), x.double().flatten(0, 1))
-        total[self.rows.flatten().flip(0)] = x.double().flatten(0, 1).flip(0)
-        return total
+            return total.index_add(0, places, values)[:-1]
+        first = is_first(self.rows).flatten()
+        total[places[first]] = values[first]
+        return total[:-1]
+
+
+def log_normal_lengths(mean: int, count: int, spread: float) -> list[int]:
+    """Lengths with this mean before rounding, at least 1; all alike at a spread of 0."""
+    random = torch.Generator().manual_seed(0)
+    weights = torch.randn(count, generator=random).mul(spread).exp()
+    return (weights / weights.mean() * mean).round().long().clamp(min=1).tolist()
+
+
+def is_first(rows: Tensor) -> Tensor:
+    """Whether a place is the first one of its token."""
+    places = rows.flatten()
+    order = torch.arange(len(places), device=rows.device)
+    first = torch.full((int(places.max()) + 1,), len(places), device=rows.device)
+    first = first.scatter_reduce(0, places, order, "amin")
+    return (first[places] == order).view(rows.shape)
 
 
 class Reference(NamedTuple):
@@ -124,22 +167,30 @@ def prepare(case: AttentionCase, only: str | None = None, kept: set[str] | None 
     if only is not None:
         loaders = {only: loaders[only]}
     functions = load(loaders, group.device).functions
+    laid_out = {name: lay_out(inputs, rows_of(name, group)) for name in functions}
     with_backward = case.operation == "attention"
     reference = functools.cache(lambda: make_reference(inputs, group))
     flops = (3.5 if with_backward else 1.0) * 4 * group.num_pairs
     flops *= group.num_heads * group.head_size
+    heads = (4 if with_backward else 2) * (group.num_heads + group.num_kv_heads)
     return Prepared(
         steps={
             name: make_step(
-                run, inputs, group.rows if name in OF_ROWS else None, with_backward=with_backward
+                run,
+                laid_out[name],
+                rows_of(name, group),
+                group.num_tokens,
+                with_backward=with_backward,
             )
             for name, run in functions.items()
         },
-        leaves=(inputs.q, inputs.k, inputs.v),
+        leaves=tuple({id(x): x for given in laid_out.values() for x in given[:3]}.values()),
         check=lambda result: compare(result, reference(), with_backward),
         make_floor=lambda: bare_products(flops, group),
         floor_name="bare matrix products",
         flops=flops,
+        num_bytes=heads * group.num_tokens * group.head_size * group.dtype.itemsize,
+        formulas=FORMULAS[with_backward],
     )
 
 
@@ -155,23 +206,32 @@ def make_inputs(group: Group, *, seed: int = 0) -> Inputs:
     return Inputs(*(x.requires_grad_() for x in (q, k, v)), normal(group.num_heads))
 
 
-def make_step(run: Attention, inputs: Inputs, rows: Tensor | None, *, with_backward: bool) -> Step:
-    """Outputs, then gradients into the leaves; in rows, where they are given."""
-    leaves = inputs
-    if rows is not None:
-        *tensors, grad_out = (x.detach()[rows] for x in inputs)
-        grad_out[1:][rows[1:] == rows[:1]] = 0  # the prompt's comes once
-        leaves = Inputs(*(x.requires_grad_() for x in tensors), grad_out)
+def lay_out(inputs: Inputs, rows: Tensor | None) -> Inputs:
+    """The inputs in rows, where they are given."""
+    if rows is None:
+        return inputs
+    num_tokens = len(inputs.q)
+    given = rows.clamp(max=num_tokens - 1)  # what is in the padding does not matter
+    *tensors, grad_out = (x.detach()[given] for x in inputs)
+    # The prompt's gradient comes once, that of the padding never.
+    grad_out[~is_first(rows) | (rows == num_tokens)] = 0
+    return Inputs(*(x.requires_grad_() for x in tensors), grad_out)
+
+
+def make_step(
+    run: Attention, leaves: Inputs, rows: Tensor | None, num_tokens: int, *, with_backward: bool
+) -> Step:
+    """Outputs, then gradients into the leaves."""
 
     def forward() -> Result:
         with torch.no_grad():
-            return Result(run(*leaves[:3]), leaves, rows)
+            return Result(run(*leaves[:3]), leaves, rows, num_tokens)
 
     def backward() -> Result:
         leaves.q.grad = leaves.k.grad = leaves.v.grad = None
         out = run(*leaves[:3])
         out.backward(leaves.grad_out)
-        return Result(out.detach(), leaves, rows)
+        return Result(out.detach(), leaves, rows, num_tokens)
 
     return backward if with_backward else forward
 
@@ -218,7 +278,7 @@ def bare_products(flops: float, group: Group) -> Step:
 
 def fastrl_attention(device: str, *, group: Group, implementation: str) -> Attention:
     """`fastrl_kernels.segment_attention`."""
-    lengths = [group.prompt] + [group.completion] * group.num_generations
+    lengths = [group.prompt, *group.completions]
     return _attention_of(lengths, [-1] + [0] * group.num_generations, device, implementation)
 
 
@@ -261,7 +321,7 @@ def mask(device: str, *, group: Group) -> Attention:
 
 
 def repeated_sdpa(device: str, *, group: Group) -> Attention:
-    """PyTorch's causal attention over G rows."""
+    """PyTorch's causal attention over G rows, padded on the right, where nobody looks."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
@@ -272,26 +332,20 @@ def repeated_sdpa(device: str, *, group: Group) -> Attention:
 
 
 def repeated_varlen(device: str, *, group: Group) -> Attention:
-    """Flash attention of variable length over G rows, one call."""
+    """Flash attention of variable length over G rows, one call; no padding."""
     require_cuda(device)
-    lengths = [group.prompt + group.completion] * group.num_generations
-    flash = _attention_of(lengths, [-1] * group.num_generations, device, "varlen")
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flash(*(x.flatten(0, 1) for x in (q, k, v))).view_as(q)
-
-    return attention
+    lengths = [group.prompt + completion for completion in group.completions]
+    return _attention_of(lengths, [-1] * group.num_generations, device, "varlen")
 
 
 def prefix_grouper(device: str, *, group: Group) -> Attention:
     """The package of that name, around PyTorch's attention."""
     from prefix_grouper import PrefixGrouper
 
-    lengths = [group.prompt] + [group.completion] * group.num_generations
-    grouper = PrefixGrouper([lengths], device=device)
+    grouper = PrefixGrouper([[group.prompt, *group.completions]], device=device)
 
     def causal(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
-        hidden = causal_lower_right(q.shape[2], k.shape[2])
+        hidden = causal_lower_right(q.shape[2], k.shape[2])  # padding is on the right
         out = scaled_dot_product_attention(q, k, v, attn_mask=hidden, enable_gqa=True)
         return out.transpose(1, 2)
 
@@ -315,4 +369,15 @@ def attention_loaders(group: Group) -> Loaders:
     return {name: functools.partial(loader, group=group) for name, loader in loaders.items()}
 
 
-OF_ROWS = ("sdpa, repeated rows", "varlen flash, repeated rows")
+def rows_of(name: str, group: Group) -> Tensor | None:
+    """The layout of an implementation; None where that is the packed one."""
+    if name == "sdpa, repeated rows":
+        return group.padded_rows
+    return group.joined_rows if name == "varlen flash, repeated rows" else None
+
+
+FORMULAS = {
+    False: "flops = 4 H K pairs seen; bytes = 2 (H + Hkv) N K e: q, k, v read, outputs written",
+    True: "flops = 14 H K pairs seen (5 products back, 2 forward); bytes = 4 (H + Hkv) N K e: "
+    "q, k, v, outputs and their gradients once",
+}

@@ -57,8 +57,7 @@ def main(
         "--limit", type=float, default=1200.0, help="seconds until a case is killed"
     )
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda needs a CUDA device, found none; leave it out to measure on the CPU")
+    if not device_is_there(args.device):
         return 2
     if args.against:
         for name in sorted(set(args.against) - set(loaders)):
@@ -70,6 +69,14 @@ def main(
         for case in make_cases(args.quick, args.device)
     ]
     return run_suite(cases, args, absent=load(loaders, args.device).absent)
+
+
+def device_is_there(device: str) -> bool:
+    """Prints a line where it is not."""
+    if device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda needs a CUDA device, found none; leave it out to measure on the CPU")
+        return False
+    return True
 
 
 def prepare_only(prepare: Prepare, kept: set[str], case: Any, only: str | None = None) -> Prepared:
