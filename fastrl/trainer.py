@@ -128,6 +128,7 @@ class Trainer:
         is_exact = self.sampler.is_current
         update = self.updater.update(packed, step, sampler_is_exact=is_exact)
         watch.lap("train")
+        self.adaptation.remember(self.method, update.inputs)
         self._move_reference(step)
         metrics = self.metrics(step, sampled, update, watch)
         num_completions = len(rollouts.completion_ids)
@@ -175,6 +176,7 @@ class Trainer:
             generator=make_generator(torch.device("cpu"), self.config.seed, "method", step),
             reward_scale=self.reward_scale,
         )
+        inputs = dataclasses.replace(inputs, past_squares=self.adaptation.past_squares)
         return self.sampler.with_values(inputs, rollouts)
 
     def pack(self, rollouts: Rollouts, inputs: StepInputs) -> Packed:

@@ -15,6 +15,7 @@ from fastrl.advantages.statistics import (
     centre,
     centre_in_groups,
     require_same_shape,
+    running_square,
     scale,
     spread,
     spread_in_groups,
@@ -67,13 +68,29 @@ def batch_relative(rewards: Tensor, groups: Tensor, *, std_epsilon: float = STD_
     return scale(centre_in_groups(rewards, groups), spread(rewards), std_epsilon=std_epsilon)
 
 
-def batch_rms(rewards: Tensor, groups: Tensor, *, std_epsilon: float = STD_EPSILON) -> Tensor:
-    """(r - group mean) / (root mean square of that over the batch + epsilon).
+def batch_rms(
+    rewards: Tensor,
+    groups: Tensor,
+    past_squares: Tensor | None = None,
+    *,
+    decay: float = 0.0,
+    std_epsilon: float = STD_EPSILON,
+) -> Tensor:
+    """(r - group mean) / (root mean square of that + epsilon) (ScaleRL, arXiv:2510.13786).
 
-    The normalisation of ScaleRL (arXiv:2510.13786), over this batch and not over its past.
+    decay: 0 takes the mean over the batch; else it is a running one, of which each completion
+    replaces so large a share, this batch's included. past_squares: (2,) of `running_square` over
+    the batches before; None for none.
     """
+    if not 0 <= decay < 1:
+        raise ValueError(f"expected a decay in [0, 1), got {decay}; 0 is this batch alone")
     centred = centre_in_groups(rewards, groups)
-    return scale(centred, centred.square().mean().sqrt(), std_epsilon=std_epsilon)
+    mean_square = centred.square().mean()
+    if decay:
+        past = rewards.new_zeros(2) if past_squares is None else past_squares
+        total, weight = running_square(centred, past, decay=decay)
+        mean_square = (total / weight).to(rewards)
+    return scale(centred, mean_square.sqrt(), std_epsilon=std_epsilon)
 
 
 def length_weighted(rewards: Tensor, groups: Tensor, lengths: Tensor) -> Tensor:

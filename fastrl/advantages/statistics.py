@@ -61,6 +61,18 @@ def spread(values: Tensor) -> Tensor:
     return (centre(values).square().sum() / (values.numel() - 1)).sqrt()
 
 
+def running_square(values: Tensor, past: Tensor, *, decay: float) -> Tensor:
+    """(2,) decayed sum of squares and its weight: s <- (1 - decay) s + decay v^2, value by value.
+
+    values: (N,), the oldest first; past: (2,) what came out before them, zeros for nothing. The
+    weight is what s would be of ones, so that their quotient is a mean from the first value on.
+    """
+    ages = torch.arange(values.numel() - 1, -1, -1, dtype=past.dtype, device=values.device)
+    shares = decay * (1 - decay) ** ages
+    kept = past.to(values.device) * (1 - decay) ** values.numel()
+    return kept + torch.stack([(shares * values.to(past).square()).sum(), shares.sum()])
+
+
 def scale(centred: Tensor, std: Tensor, *, std_epsilon: float) -> Tensor:
     """centred / (std + std_epsilon); zero where the std is rounding."""
     return torch.where(std <= STD_FLOOR, 0.0, centred / (std + std_epsilon))

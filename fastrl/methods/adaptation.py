@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastrl.advantages.statistics import centre_in_groups, running_square
 from fastrl.controllers import (
     AdaptiveKL,
     DoublingKL,
@@ -19,6 +20,9 @@ from fastrl.controllers import (
     TargetEntropy,
 )
 from fastrl.errors import InputError, nearest
+from fastrl.methods.axes import hyper_parameters_of
+from fastrl.methods.estimates import counted_only
+from fastrl.methods.inputs import StepInputs
 from fastrl.methods.needs import requirements
 from fastrl.methods.record import Choice, Method
 
@@ -26,6 +30,8 @@ ControllerState = dict[str, dict[str, float]]
 """Name of a controller -> what it remembers."""
 REWARDS = "running_rewards"
 """What the state calls the statistics of all rewards so far."""
+SQUARES = "running_squares"
+"""The same of rewards relative to their groups."""
 
 
 class Controller(Protocol):
@@ -118,6 +124,9 @@ class Adaptation:
     def __init__(self, method: Method) -> None:
         self.controllers: dict[str, Any] = {}
         self.rewards = RunningRewards() if "reward_scale" in requirements(method) else None
+        self.decay = _decay(method)
+        self.past_squares = torch.zeros(2, dtype=torch.float64)
+        """Of rewards relative to their groups, see `running_square`."""
         for choice in method.controllers:
             if choice.name not in CONTROLLERS:
                 hint = nearest(choice.name, list(CONTROLLERS))
@@ -145,6 +154,20 @@ class Adaptation:
         self.rewards.update(rewards)
         return self.rewards.std
 
+    def remember(self, method: Method, inputs: StepInputs) -> None:
+        """Take in what the step's advantages were scaled by, for those of the next one.
+
+        inputs: after `fastrl.methods.estimates`, which the advantages are from.
+        """
+        if not self.decay or inputs.advantages is None:
+            return
+        if method.advantage_after_selection:
+            inputs = counted_only(inputs, inputs.lengths > 0)
+        if not len(inputs.rewards):
+            return
+        centred = centre_in_groups(inputs.rewards, inputs.groups)
+        self.past_squares = running_square(centred, self.past_squares, decay=self.decay)
+
     def update(self, method: Method, metrics: Mapping[str, float], num_completions: int) -> Method:
         """The method of the next step; a step that measured nothing moves nothing."""
         for name, controller in self.controllers.items():
@@ -165,6 +188,9 @@ class Adaptation:
         if self.rewards is not None:
             found = self.rewards.state_dict().items()
             state[REWARDS] = {key: float(value) for key, value in found}
+        if self.decay:
+            total, weight = self.past_squares.tolist()
+            state[SQUARES] = {"total": total, "weight": weight}
         return state
 
     def load_state_dict(self, state: ControllerState, method: Method) -> Method:
@@ -172,6 +198,9 @@ class Adaptation:
         if self.rewards is not None and REWARDS in state:
             saved = {k: torch.tensor(v, dtype=torch.float64) for k, v in state[REWARDS].items()}
             self.rewards.load_state_dict(saved)
+        if self.decay and SQUARES in state:
+            found = state[SQUARES]["total"], state[SQUARES]["weight"]
+            self.past_squares = torch.tensor(found, dtype=torch.float64)
         for name, controller in self.controllers.items():
             if name not in state:
                 continue  # a checkpoint from before the first step
@@ -179,3 +208,11 @@ class Adaptation:
             coefficient = next(iter(state[name].values()))  # what else there is belongs to the rule
             method = CONTROLLERS[name].write(method, coefficient)
         return method
+
+
+def _decay(method: Method) -> float:
+    """Of the running mean that advantages are scaled by; 0 where they look at one step."""
+    choice = method.choices.get("advantage")
+    if choice is None or choice.name != "batch_rms":
+        return 0.0
+    return float({**hyper_parameters_of("advantage", choice.name), **choice.parameters}["decay"])

@@ -136,11 +136,11 @@ def _with_advantages(method: Method, inputs: StepInputs) -> StepInputs:
     kept = inputs.lengths > 0
     values = torch.zeros_like(inputs.rewards)
     if kept.any():
-        values[kept] = advantages_of(method, _only(inputs, kept)).to(values)
+        values[kept] = advantages_of(method, counted_only(inputs, kept)).to(values)
     return dataclasses.replace(inputs, advantages=values)
 
 
-def _only(inputs: StepInputs, kept: Tensor) -> StepInputs:
+def counted_only(inputs: StepInputs, kept: Tensor) -> StepInputs:
     """The step as if the other completions had not been sampled, before there are tokens."""
     parts = inputs.reward_parts
     return dataclasses.replace(

@@ -6,7 +6,7 @@ Legend: B completions, S trained tokens, P prompts.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class StepInputs:
     values: Tensor | None = None  # of the value model, before the step's first update
     value_targets: Tensor | None = None  # what the value model should say
     reward_scale: Tensor | None = None  # () standard deviation of all rewards so far
+    # (2,) of `fastrl.advantages.statistics.running_square` over the steps before; zeros for none
+    past_squares: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
     advantages: Tensor | None = None
     clipped: Tensor | None = None  # bool
 
