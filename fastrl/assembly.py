@@ -24,6 +24,7 @@ from fastrl.policy import Policy, load_policy, new_policy
 from fastrl.rewards import LocalScorer, RewardPool, Scorer, load_rewards
 from fastrl.rollout.native import NativeEngine
 from fastrl.rollout.stopping import stop_strings_of
+from fastrl.rollout.thinking import check_thinking
 from fastrl.tasks import Task, load_task
 from fastrl.trainer import Trainer
 
@@ -157,6 +158,11 @@ def _check_sampling(config: Config, trainer: Trainer) -> None:
     """What ends completions can occur, and the largest group finds room."""
     sampler = trainer.sampler
     stop_strings_of(trainer.policy.tokenizer, config.rollout.stop_strings)
+    if sampler.sampling.thinking is not None:
+        check_thinking(
+            trainer.policy.tokenizer, trainer.policy.eos_token_ids, sampler.sampling.thinking,
+            config.rollout.max_completion_length,
+        )  # fmt: skip
     if isinstance(sampler.engine, NativeEngine):
         most = max(config.rollout.num_generations, config.eval.num_samples)
         largest = dataclasses.replace(sampler.sampling, num_generations=most)

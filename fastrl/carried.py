@@ -87,6 +87,8 @@ def begun(prompts: Prompts, indices: Sequence[int], sampling: Sampling) -> InFli
     num_completions = len(prompts) * sampling.num_generations
     no_ids = (torch.zeros(0, dtype=torch.int64),) * num_completions
     no_values = (torch.zeros(0),) * num_completions
+    no_flags = (torch.zeros(0, dtype=torch.bool),) * num_completions
+    not_known = torch.full((num_completions,), -1)
     rollouts = Rollouts(
         prompts=prompts,
         completion_ids=no_ids,
@@ -94,6 +96,8 @@ def begun(prompts: Prompts, indices: Sequence[int], sampling: Sampling) -> InFli
         finished=torch.zeros(num_completions, dtype=torch.bool),
         rollout_entropies=no_values,
         processed_logps=None if sampling.is_exact else no_values,
+        sampled=None if sampling.thinking is None else no_flags,
+        thinking_budgets=None if sampling.thinking is None else not_known,
     )
     return InFlight(rollouts, tuple(indices), no_ids)
 

@@ -110,12 +110,14 @@ def weights_before_packing(method: Method, rollouts: Rollouts, inputs: StepInput
     """
     counted = inputs.lengths > 0
     index = torch.repeat_interleave(inputs.lengths)
+    drawn = rollouts.sampled or [torch.ones_like(ids).bool() for ids in rollouts.completion_ids]
 
     def gather(name: str) -> Tensor | None:
         values = _recorded(rollouts, name)
         if values is None or not len(index):
             return None
-        return torch.cat([values[b] for b in counted.nonzero()[:, 0].tolist()]).double()
+        rows = counted.nonzero()[:, 0].tolist()
+        return torch.cat([values[b][drawn[b]] for b in rows]).double()
 
     assert inputs.advantages is not None
     tokens = dataclasses.replace(
@@ -126,10 +128,10 @@ def weights_before_packing(method: Method, rollouts: Rollouts, inputs: StepInput
         rollout_logps=gather("rollout_logps"),
     )
     found = token_weights(method, tokens).split(inputs.lengths.tolist()) if len(index) else ()
-    return [
-        found[b] if len(found) and counted[b] else torch.zeros(len(ids), dtype=torch.float64)
-        for b, ids in enumerate(rollouts.completion_ids)
-    ]
+    weights = [torch.zeros(len(ids), dtype=torch.float64) for ids in rollouts.completion_ids]
+    for b in counted.nonzero()[:, 0].tolist():
+        weights[b][drawn[b]] = found[b].double()
+    return weights
 
 
 def _can_weigh_before_packing(method: Method) -> bool:

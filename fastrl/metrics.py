@@ -44,11 +44,15 @@ def rollout_metrics(rollouts: Rollouts, rewards: Rewards, *, pass_threshold: flo
         "reward": float(rewards.total.double().mean()),
         "reward_std": float(groups.std(dim=1, correction=0).mean()),
         "pass_rate": float((rewards.total >= pass_threshold).double().mean()),
-        "frac_reward_zero_std": zero_spread_fraction(
-            rewards.total, torch.arange(len(groups)).repeat_interleave(groups.shape[1])
-        ),
         "completions/clipped_ratio": float((~rollouts.finished).double().mean()),
     }
+    if rollouts.num_generations > 1:  # one completion has no spread that could be zero
+        owners = torch.arange(len(groups)).repeat_interleave(groups.shape[1])
+        metrics["frac_reward_zero_std"] = zero_spread_fraction(rewards.total, owners)
+    if rollouts.sampled is not None:
+        metrics["completions/forced_end_ratio"] = float(
+            (rollouts.num_sampled < rollouts.lengths).double().mean()
+        )
     for name, values in (("length", lengths), ("terminated_length", terminated)):
         for statistic in ("mean", "min", "max"):
             value = float(getattr(values, statistic)()) if len(values) else 0.0

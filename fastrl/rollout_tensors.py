@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastrl.types import Example, Prompts, Rollouts
 
-RECORDED = ("rollout_logps", "rollout_entropies", "processed_logps")
+RECORDED = ("rollout_logps", "rollout_entropies", "processed_logps", "sampled")
 
 
 def to_tensors(rollouts: Rollouts) -> dict[str, Tensor]:
@@ -29,6 +29,8 @@ def to_tensors(rollouts: Rollouts) -> dict[str, Tensor]:
         values = getattr(rollouts, name)
         if values is not None:
             found[name] = torch.cat(values)
+    if rollouts.thinking_budgets is not None:
+        found["thinking_budgets"] = rollouts.thinking_budgets
     return {name: tensor.cpu() for name, tensor in found.items()}
 
 
@@ -47,6 +49,7 @@ def from_tensors(tensors: Mapping[str, Tensor], examples: Sequence[Example]) -> 
         prompts=Prompts(prompts_of(tensors), tuple(examples)),
         completion_ids=_ragged(tensors["completion_ids"], lengths),
         finished=tensors["finished"],
+        thinking_budgets=tensors.get("thinking_budgets"),
         **recorded,
     )
 

@@ -161,6 +161,8 @@ def joined_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
         finished=torch.cat([item.finished for item in parts]),
         rollout_entropies=_side_by_side(item.rollout_entropies for item in parts),
         processed_logps=_side_by_side(item.processed_logps for item in parts),
+        sampled=_side_by_side(item.sampled for item in parts),
+        thinking_budgets=_in_a_row(item.thinking_budgets for item in parts),
     )
 
 
@@ -181,6 +183,10 @@ def rollouts_of_prompts(rollouts: Rollouts, chosen: Sequence[int]) -> Rollouts:
         finished=rollouts.finished[rows],
         rollout_entropies=of_rows(rollouts.rollout_entropies),
         processed_logps=of_rows(rollouts.processed_logps),
+        sampled=of_rows(rollouts.sampled),
+        thinking_budgets=None
+        if rollouts.thinking_budgets is None
+        else rollouts.thinking_budgets[rows],
     )
 
 
@@ -193,3 +199,9 @@ def _side_by_side(values: Iterable[tuple[Tensor, ...] | None]) -> tuple[Tensor, 
     """One tuple of all; None where the engine recorded none."""
     found = [value for value in values if value is not None]
     return tuple(chain.from_iterable(found)) if found else None
+
+
+def _in_a_row(values: Iterable[Tensor | None]) -> Tensor | None:
+    """One vector of all; None where there are none."""
+    found = [value for value in values if value is not None]
+    return torch.cat(found) if found else None

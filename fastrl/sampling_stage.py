@@ -36,13 +36,15 @@ from fastrl.methods.record import Method
 from fastrl.phase_clock import PhaseClock
 from fastrl.policy import Policy
 from fastrl.prompt_stream import PromptStream
-from fastrl.replay import Recorded, Recorder, Replay
+from fastrl.recorder import Recorded, Recorder
+from fastrl.replay import Replay
 from fastrl.rewards import Scorer
 from fastrl.rollout import Sampling, make_engine
 from fastrl.rollout_check import check_engine
 from fastrl.sampler import Generated, Sampled, Scored, generate_while_scoring, sample_until_full
 from fastrl.seeding import make_generator
 from fastrl.tasks import Task
+from fastrl.thinking import thinking_limit
 from fastrl.types import Example, Prompts, Rewards, Rollouts, StepMetrics
 from fastrl.values.sources import PromptValues, make_values
 
@@ -72,6 +74,7 @@ class SamplingStage:
             min_p=config.rollout.min_p,
             repetition_penalty=config.rollout.repetition_penalty,
             stop_strings=config.rollout.stop_strings,
+            thinking=thinking_limit(method),
         )
         self.max_sampling_rounds = method.max_sampling_rounds
         self.draws_turn = method.draws_turn
@@ -87,6 +90,8 @@ class SamplingStage:
         """The rounds of the last step."""
         self.reward_metrics: StepMetrics = {}
         """What scoring the last step met, summed over its rounds."""
+        self.greedy_rewards: Tensor | None = None
+        """Of the prompts of the last round, where the method asks for them."""
         self.turns: list[Turn] = []
         """Of conversations in the last step: the turns that were drawn."""
 
@@ -120,6 +125,7 @@ class SamplingStage:
         are sampled in place of the rest. None: all are.
         """
         self.recorded, self.reward_metrics, self.turns = [], {}, []
+        self.greedy_rewards = None
         if self.values is not None and not self.values.is_ready:
             self.values.prepare()
             watch.lap("values")
@@ -154,7 +160,8 @@ class SamplingStage:
             rollouts, texts = self.generate(prompts, self.sampling, self._generator(step, number))
         watch.lap("rollout")
         scored = self._score(rollouts, step, number, watch, texts)
-        self.recorded.append(Recorded(rollouts, indices, scored, tuple(range(num_prompts))))
+        places = tuple(range(num_prompts))
+        self.recorded.append(Recorded(rollouts, indices, scored, places, self.greedy_rewards))
         return scored
 
     def _at_turns(self, prompts: Prompts, step: int, number: int) -> Prompts:
@@ -203,7 +210,10 @@ class SamplingStage:
         if trained is not None:
             scored = self._score(trained.rollouts, step, 0, watch, None)
         self.carried = flight.of_prompts(others) if others else None
-        self.recorded.append(Recorded(rollouts, flight.indices, scored, tuple(chosen)))
+        places = tuple(chosen)
+        self.recorded.append(
+            Recorded(rollouts, flight.indices, scored, places, self.greedy_rewards)
+        )
         metrics = staleness_metrics(trained, self.carried, self.sampling, step)
         num_drawn = int(rollouts.lengths.sum()) - before
         metrics["tokens_per_second/rollout"] = num_drawn / watch.laps["rollout"]

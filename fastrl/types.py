@@ -53,6 +53,12 @@ class Rollouts:
     # B ragged fp32, of the distribution that was drawn from, after truncation and penalties; None
     # where that is the same one or unknown.
     processed_logps: tuple[Tensor, ...] | None = None
+    # B ragged bool: False where a token was put there and not drawn, so that it is not trained;
+    # None where all were drawn.
+    sampled: tuple[Tensor, ...] | None = None
+    # (B,) int64 tokens after which thinking is ended, -1 where that is not known yet; None for no
+    # limit.
+    thinking_budgets: Tensor | None = None
 
     def __post_init__(self) -> None:
         num_completions = len(self.completion_ids)
@@ -67,7 +73,7 @@ class Rollouts:
             f"of {self.finished.dtype}",
         )
         shapes = [ids.shape for ids in self.completion_ids]
-        for name in ("rollout_logps", "rollout_entropies", "processed_logps"):
+        for name in ("rollout_logps", "rollout_entropies", "processed_logps", "sampled"):
             values = getattr(self, name)
             _require(
                 values is None or [value.shape for value in values] == shapes,
@@ -84,6 +90,13 @@ class Rollouts:
     def lengths(self) -> Tensor:
         """(B,) int64 completion lengths in tokens."""
         return torch.tensor([len(ids) for ids in self.completion_ids], dtype=torch.int64)
+
+    @property
+    def num_sampled(self) -> Tensor:
+        """(B,) int64 tokens that were drawn: those that can be trained."""
+        if self.sampled is None:
+            return self.lengths
+        return torch.tensor([int(drawn.sum()) for drawn in self.sampled], dtype=torch.int64)
 
 
 @dataclass(frozen=True)

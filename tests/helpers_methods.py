@@ -23,6 +23,7 @@ from fastrl_kernels.objectives import TokenLosses, evaluate
 
 SIZES = {
     "dapo": {"cache": 4.0},
+    "scalerl": {"max_thinking_tokens": 0},
     **{name: {"critic_warmup_steps": 0} for name in ("ppo_max", "vc_ppo", "vapo")},
 }
 """Numbers of methods that are published for completions of thousands of tokens, and for runs of

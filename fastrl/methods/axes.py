@@ -17,6 +17,7 @@ from fastrl.reward_shaping import REWARD_SHAPINGS, TOKEN_REWARD_SHAPINGS
 from fastrl.rollout_correction import CORRECTIONS
 from fastrl.selection import RESAMPLINGS, SELECTIONS
 from fastrl.sequence_surrogates import SEQUENCE_SURROGATES
+from fastrl.thinking import THINKING
 from fastrl.token_weights import TOKEN_WEIGHTS
 from fastrl.value_losses import TRAINING, VALUE_LOSSES
 from fastrl.values.kinds import PROMPT_VALUES
@@ -52,6 +53,7 @@ AXES: dict[str, Mapping[str, Any]] = {
     "pairing": PAIRINGS,
     "reference_update": REFERENCE_UPDATES,
     "look_ahead": LOOK_AHEADS,
+    "thinking": THINKING,
 }
 """Every axis and what can be chosen on it, by name."""
 
@@ -93,10 +95,19 @@ def is_whole(axis: str, name: str, key: str) -> bool:
     """Whether a hyper-parameter counts something."""
     if axis == "value_loss":
         return key.endswith("_steps")
+    return _annotation(axis, name, key) in (int, "int")
+
+
+def is_text(axis: str, name: str, key: str) -> bool:
+    """Whether a hyper-parameter is a text; all others are numbers."""
+    return _annotation(axis, name, key) in (str, "str")
+
+
+def _annotation(axis: str, name: str, key: str) -> Any:
     chosen = AXES[axis][name]
     function = chosen.function if axis == "loss" else chosen
     found = inspect.signature(function).parameters.get(key)
-    return found is not None and found.annotation in (int, "int")
+    return None if found is None else found.annotation
 
 
 LIMITS = {

@@ -9,7 +9,15 @@ import torch
 
 from fastrl.advantages import NEEDS_GROUPS, PER_TOKEN
 from fastrl.errors import InputError, nearest
-from fastrl.methods.axes import AXES, LIMITS, SCHEDULED, hyper_parameters_of, inputs_of, is_whole
+from fastrl.methods.axes import (
+    AXES,
+    LIMITS,
+    SCHEDULED,
+    hyper_parameters_of,
+    inputs_of,
+    is_text,
+    is_whole,
+)
 from fastrl.methods.estimates import rows_to_train
 from fastrl.methods.inputs import StepInputs, check_inputs
 from fastrl.methods.needs import estimates_from_tokens, selects_before_tokens
@@ -149,6 +157,11 @@ def _check_value(axis: str, choice: str, name: str, value: Any) -> None:
             f"{axis} {choice}: {name} cannot follow a schedule, only what belongs to "
             f"{' or '.join(SCHEDULED)} can; give a number"
         )
+    if is_text(axis, choice, name) != isinstance(value, str):
+        kind = "a text" if is_text(axis, choice, name) else "a number"
+        raise InputError(f"{axis} {choice}: {name} must be {kind}, got {value!r}")
+    if isinstance(value, str):
+        return
     for number in (value.start, value.end) if isinstance(value, Schedule) else (value,):
         if is_whole(axis, choice, name) and not float(number).is_integer():
             raise InputError(f"{axis} {choice}: {name} must be a whole number, got {number:g}")

@@ -88,7 +88,10 @@ def document() -> str:
         found += [f"## {title}", "", _table(header, map(_row, methods)), ""]
     found += ["# Axes", ""]
     for axis in AXES:
-        rows = [(f"`{name}`", first_line(axis, name), _numbers(axis, name)) for name in AXES[axis]]
+        rows = [
+            (f"`{name}`", first_line(axis, name), _escaped(_numbers(axis, name)))
+            for name in AXES[axis]
+        ]
         table = _table(("choice", "what it is", "hyper-parameters"), rows)
         found += [f"## {axis}", "", table, ""]
     return "\n".join([*found, OWN])
@@ -102,7 +105,7 @@ def _row(method: Method) -> tuple[str, ...]:
     return (
         f"`{method.name}`",
         f"`{method.formula}`",
-        "; ".join(text for text in choices if text),
+        _escaped("; ".join(text for text in choices if text)),
         method.source,
         f"not: {method.unverified}" if method.unverified else "yes",
         f"needs {method.missing}" if method.missing else "yes",
@@ -117,6 +120,11 @@ def _numbers(axis: str, name: str) -> str:
     return ", ".join(
         key if value is empty else f"{key}={number(value)}" for key, value in given.items()
     )
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown would take for a tag."""
+    return text.replace("<", "&lt;")
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

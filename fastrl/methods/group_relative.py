@@ -48,15 +48,18 @@ GROUP_RELATIVE = (
     Method(
         name="scalerl",
         source="ScaleRL, arXiv:2510.13786",
-        formula="-sg[clip(rho, 0, 5)] A logp,  A = (r - group mean) / its root mean square",
-        advantage=use("batch_rms"),
+        formula="-sg[clip(rho, 0, 5)] A logp,  A = (r - group mean) / its root mean square so far",
+        advantage=use("batch_rms", decay=1e-3),
         selection=use("nonzero_std"),
+        advantage_after_selection=True,
         max_pass_rate=0.9,
         surrogate=use("truncated_importance", epsilon_low=1.0, epsilon_high=4.0),
         aggregation=use("prompt_mean"),
-        settings="16 generations, 48 prompts, rewards +-1, thinking to 10240-12288 tokens",
-        missing="asynchronous rollouts 8 updates old, a forced end of thinking, and a root mean "
-        "square over past batches",
+        thinking=use("forced_end", min_thinking_tokens=10240, max_thinking_tokens=12288),
+        settings="16 generations, 48 prompts, rewards +-1, prompts of 2048 tokens and completions "
+        "of 14336, the head in float32 (model.cast_lm_head_to_fp32); rollouts are made by other "
+        "machines and up to 8 updates old, here on one device they are fresh, or as old as "
+        "num_mini_batches makes them",
         unverified="learning rate 5e-7",
     ),
     Method(

@@ -113,6 +113,8 @@ class Method:
     """Whose entropies pick tokens, see `fastrl.down_sampling`."""
     max_pass_rate: float | None = None
     """A prompt that passed so often, of all its completions so far, is never asked again."""
+    thinking: Choice | None = None
+    """What becomes of completions that think for too long, see `fastrl.thinking`."""
     settings: str = ""
     """Published settings outside of the loss: generations, batch, learning rate."""
     missing: str = ""
@@ -135,6 +137,6 @@ class Method:
         else:
             axes += ["advantage", "token_weights", "surrogate", "computed", "rollout_correction"]
             axes += ["value_loss"]
-        axes += ["reference_update", "look_ahead"]
+        axes += ["reference_update", "look_ahead", "thinking"]
         found = {axis: getattr(self, axis) for axis in axes}
         return {axis: choice for axis, choice in found.items() if choice is not None}

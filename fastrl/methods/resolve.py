@@ -10,7 +10,7 @@ from typing import Any
 from fastrl.config import ObjectiveConfig
 from fastrl.errors import InputError, nearest
 from fastrl.methods.adaptation import Adaptation
-from fastrl.methods.axes import AXES, hyper_parameters_of, is_whole
+from fastrl.methods.axes import AXES, hyper_parameters_of, is_text, is_whole
 from fastrl.methods.checks import check_method
 from fastrl.methods.needs import requirements
 from fastrl.methods.record import TAKE_ADVANTAGES, Choice, Method, Penalty
@@ -158,7 +158,8 @@ def _with_parameters(method: Method, parameters: Mapping[str, Any]) -> Method:
                 f"{', '.join(known) or 'none'}"
             )
         (owner, choice), *_ = owners.items()
-        value = _read_parameter(key, value)
+        if not (is_text(owner, choice.name, name) and isinstance(value, str)):
+            value = _read_parameter(key, value)
         whole = is_whole(owner, choice.name, name)
         if whole and isinstance(value, float) and value.is_integer():
             value = int(value)

@@ -104,7 +104,8 @@ def pack_rollouts(
 
     kept: (B,) bool; advantages: (B,); weights: (B,), or for each completion one of every token.
     Rows that are not kept cost nothing. With weights of tokens, those of weight 0 have no row at
-    the head, and what follows the last other token of a completion is not encoded.
+    the head, and what follows the last other token of a completion is not encoded. A token that was
+    not sampled has the weight 0.
 
     Where sharing prompts would shorten the whole step by less than `min_token_ratio`, no pass
     shares any: decided once, because a pass that unshared its prompts later would break its budget.
@@ -174,6 +175,8 @@ def _tokens_of(
 ) -> _Tokens:
     lengths, sampled = rollouts.lengths, rollouts.rollout_logps
     ends, drops_some = lengths.tolist(), False
+    if rollouts.sampled is not None:
+        weights = [own * drawn for own, drawn in zip(weights, rollouts.sampled, strict=True)]
     if isinstance(weights, Tensor):
         weights = weights.repeat_interleave(lengths)
     else:

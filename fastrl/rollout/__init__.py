@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastrl.errors import InputError, nearest
 from fastrl.policy import Policy
+from fastrl.thinking import ThinkingLimit
 from fastrl.types import Prompts, Rollouts
 
 OnCompletion = Callable[[int, Tensor], None]
@@ -30,6 +31,7 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0  # of logits of tokens that the prompt or completion has
     stop_strings: tuple[str, ...] = ()  # a completion ends with the token that completes one
+    thinking: ThinkingLimit | None = None  # where completions think no longer
 
     @property
     def is_exact(self) -> bool:

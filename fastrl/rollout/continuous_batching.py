@@ -17,6 +17,7 @@ from fastrl.errors import InputError, NotFiniteError
 from fastrl.policy import Policy
 from fastrl.rollout import OnCompletion, Sampling
 from fastrl.rollout.completions import Completion, Ends, to_rollouts
+from fastrl.rollout.thinking import refuse_thinking_limit
 from fastrl.types import Prompts, Rollouts
 
 FREE_SHARE = 0.2
@@ -76,6 +77,7 @@ class ContinuousBatchingEngine:
         on_completion: OnCompletion | None = None,
     ) -> Rollouts:  # fmt: skip
         """See `Engine.generate`; the policy's modes, dtypes and settings stay as they were."""
+        refuse_thinking_limit(sampling.thinking, "hf_cb")
         if sampling.repetition_penalty != 1.0:
             raise InputError(
                 "rollout.engine 'hf_cb' has no repetition penalty: transformers' continuous "

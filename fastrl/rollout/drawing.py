@@ -29,12 +29,16 @@ class Drawn(NamedTuple):
     processed_logps: Tensor  # fp32, of the distribution that was drawn from; 0 for a certain token
 
 
-def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Drawn:
+def draw(
+    logits: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor | None = None,
+    forced: Tensor | None = None,
+) -> Drawn:  # fmt: skip
     """Draw a token of each row of logits (R, V) over temperature, fp32, which are overwritten.
 
     uniforms: (R,) float64 in [0, 1), one a row: the token at which the cumulated probabilities pass
     it, so a row's token depends on nothing but its own logits and number. seen: (R, V) bool, the
-    tokens that a repetition penalty is for.
+    tokens that a repetition penalty is for. forced: (R,) int64, the token of rows that none is
+    drawn for, < 0 of the others; with the policy's log-probability like any other.
     """
     num_rows, num_columns = logits.shape
     rows = num_rows if logits.is_cuda else max(1, ROWS_IN_CACHE // num_columns)
@@ -44,6 +48,7 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor | No
             uniforms[start : start + rows],
             sampling,
             None if seen is None else seen[start : start + rows],
+            None if forced is None else forced[start : start + rows],
         )
         for start in range(0, num_rows, rows)
     ]
@@ -52,7 +57,10 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor | No
     return Drawn(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def _draw(logits: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor | None) -> Drawn:
+def _draw(
+    logits: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor | None,
+    forced: Tensor | None,
+) -> Drawn:  # fmt: skip
     processed = None
     if seen is not None:
         processed = log_softmax_(penalise(logits, seen, sampling.repetition_penalty))
@@ -72,10 +80,13 @@ def _draw(logits: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor | N
             tokens = processed.argmax(dim=-1)
         else:
             tokens = pick(processed.exp(), uniforms)
+    if forced is not None:
+        tokens = torch.where(forced < 0, tokens, forced)
     logps = shifted.gather(1, tokens[:, None])[:, 0] - log_totals
-    return Drawn(
-        tokens, logps.float(), entropies.float(), _drawn_from(processed, tokens, logps, sampling)
-    )
+    drawn_from = _drawn_from(processed, tokens, logps, sampling)
+    if forced is not None:
+        drawn_from = torch.where(forced < 0, drawn_from, 0.0)
+    return Drawn(tokens, logps.float(), entropies.float(), drawn_from)
 
 
 def _drawn_from(

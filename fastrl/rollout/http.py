@@ -18,6 +18,7 @@ from fastrl.rollout import OnCompletion, Sampling
 from fastrl.rollout.answers import Answers
 from fastrl.rollout.completions import Completion, Ends, refuse_unless_raw_is_enough, to_rollouts
 from fastrl.rollout.connections import Connections
+from fastrl.rollout.thinking import refuse_thinking_limit
 from fastrl.types import Prompts, Rollouts
 
 LOGPS = ("raw", "processed", "none")
@@ -91,6 +92,7 @@ class HTTPEngine:
         on_completion: OnCompletion | None = None,
     ) -> Rollouts:  # fmt: skip
         """See `Engine.generate`; the completions are those of the server's weights."""
+        refuse_thinking_limit(sampling.thinking, "http")
         if self.logps == "raw":
             refuse_unless_raw_is_enough(sampling, "the server with logps = 'raw'")
         answers = Answers(self.policy, Ends(self.policy, sampling), sampling, self.url)

@@ -23,6 +23,7 @@ from fastrl.errors import InputError
 from fastrl.policy import Policy
 from fastrl.rollout import OnCompletion, Sampling
 from fastrl.rollout.completions import Completion, Ends, to_rollouts
+from fastrl.rollout.thinking import refuse_thinking_limit
 from fastrl.types import Prompts, Rollouts
 
 OLDEST, TOO_NEW = (0, 32), (0, 34)
@@ -92,6 +93,7 @@ class VLLMEngine:
         on_completion: OnCompletion | None = None,
     ) -> Rollouts:  # fmt: skip
         """See `Engine.generate`; completions end a prompt at a time."""
+        refuse_thinking_limit(sampling.thinking, "vllm")
         ends = Ends(self.policy, sampling)
         at_once = 1 if sampling.temperature == 0.0 else sampling.num_generations  # vLLM insists
         num_rows = len(prompts) * sampling.num_generations

@@ -15,7 +15,7 @@ from fastrl.types import Rollouts
 
 def counted_lengths(rollouts: Rollouts, *, mask_truncated_completions: bool) -> Tensor:
     """(B,) int64 lengths for the averages: zero where a truncated completion is to be left out."""
-    lengths = rollouts.lengths
+    lengths = rollouts.num_sampled
     return lengths * rollouts.finished if mask_truncated_completions else lengths
 
 

@@ -40,7 +40,7 @@ def fingerprint(policy: Policy, config: Config, sampling: Sampling) -> Fingerpri
         "weights": weights_digest(policy.model),
         "tokenizer": _tokenizer_digest(policy),
         "rewards": _rewards(config),
-        "sampling": dataclasses.asdict(sampling),
+        "sampling": _sampling(sampling),
     }
     return Fingerprint(_digest(about), about)
 
@@ -100,6 +100,14 @@ def _tokenizer_digest(policy: Policy) -> str:
         [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids),
          policy.eos_token_ids]
     )  # fmt: skip
+
+
+def _sampling(sampling: Sampling) -> dict[str, Any]:
+    """Its fields; without a limit on thinking those that there were before there was one."""
+    found = dataclasses.asdict(sampling)
+    if sampling.thinking is None:
+        del found["thinking"]
+    return found
 
 
 def _rewards(config: Config) -> dict[str, Any]:
