@@ -4,70 +4,105 @@ python benchmarks/report_rows.py
 
 A section between `<!-- results:NAME -->` and `<!-- end of results -->` shows
 benchmarks/results/cpu-2-cores/NAME.json as a table: medians with p20 and p80, peak memory beyond
-the inputs, and both relative to the first correct implementation of ours in the case.
+the inputs, and both relative to the first correct implementation of ours in the case. A number
+after `<!-- measured:NAME -->` is that of quantities.py.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores"
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+from committed import CPU, OURS, RESULTS, ROOT, Row, read, rows_of
+from goal_table import measured
+from measures import shown
+from quantities import QUANTITIES
+
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "kernels" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 SECTION = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+NUMBER = re.compile(r"(<!-- measured:(\w+) -->)([\d.e-]*\d[x%]?|\?)")
 NAMES = ("python", "torch", "transformers", "trl")
 
 
 def render(name: str) -> str:
-    """The table of one file of results, and what it was measured on."""
-    rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    has_notes = any(row["note"] for row in rows)
-    lines = ["| case | implementation | ms (p20 to p80) | time | peak MiB | memory |"]
-    lines.append("|---|---|---|---|---|---|")
-    if has_notes:
-        lines = [lines[0] + " |", lines[1] + "---|"]
+    """The table of one file of results of the CPU, and what it was measured on."""
+    content = read(RESULTS / CPU / f"{name}.json")
+    rows = rows_of(content)
+    if rows is None:
+        raise ValueError(f"{name}.json holds no rows; a section of results shows rows")
+    return f"{table(rows)}\n\n{where(rows, content)}\n"
+
+
+def table(rows: list[Row]) -> str:
+    """A line for each row, with a column for everything that any of them has."""
+    has = {key: any(row.get(key) not in (None, "") for row in rows) for key in EXTRA}
+    names = ["case", "implementation", "ms (p20 to p80)", "time", "peak MiB", "memory"]
+    names += [title for key, title in EXTRA.items() if has[key]]
+    lines = [f"| {' | '.join(names)} |".replace("|  |", "| |"), "|" + "---|" * len(names)]
     for case in dict.fromkeys(row["case"] for row in rows):
         members = [row for row in rows if row["case"] == case]
-        base = next(row for row in members if row["implementation"].startswith("fastrl"))
+        ours = (row for row in members if row["implementation"].startswith(OURS))
+        base = next((row for row in ours if row.get("correct") and row["p50_ms"]), None)
         for row in members:
-            line = _line(row, base, is_first=row is members[0])
-            lines.append(f"{line} {row['note']} |" if has_notes else line)
-    where = rows[0]["environment"]
+            extra = [_extra(row, key) for key in EXTRA if has[key]]
+            cells = [row["case"] if row is members[0] else "", row["implementation"]]
+            lines.append(f"| {' | '.join(cells + _cells(row, base) + extra)} |")
+    return "\n".join(lines)
+
+
+EXTRA = {"tracked_peak_bytes": "by the allocator", "percent_of_floor": "% of floor", "note": ""}
+"""Columns that not every file has, with their titles."""
+
+
+def where(rows: list[Row], content: Any = None) -> str:
+    """Machine, versions, commits and commands."""
+    place = rows[0].get("environment")
+    if place is None:  # a file from before rows had one
+        return f"{content['device']}, {content['threads']} threads, torch {content['torch']}: " + (
+            f"`{content['command']}`."
+        )
     commits = dict.fromkeys(row["environment"]["commit"] for row in rows)
-    versions = ", ".join(f"{name} {where[name]}" for name in NAMES if name in where)
-    lines += [
-        "",
-        f"{where['cpu']}, {where['num_threads']} threads, {versions}; commit "
-        f"{' and '.join(commits)}: `{where['command']}`.",
-    ]
-    return "\n".join(lines) + "\n"
+    commands = dict.fromkeys(row["environment"]["command"] for row in rows)
+    versions = ", ".join(f"{name} {place[name]}" for name in NAMES if name in place)
+    driver = f", driver {place['driver']}" if "driver" in place else ""
+    return (
+        f"{place['device']}{driver}, {place['num_threads']} threads, {versions}; commit "
+        f"{' and '.join(commits)}: {', '.join(f'`{command}`' for command in commands)}."
+    )
 
 
-def _line(row: dict[str, Any], base: dict[str, Any], *, is_first: bool) -> str:
-    if not row["correct"]:
-        return f"| {row['case'] if is_first else ''} | {row['implementation']} | incorrect | | | |"
+def _cells(row: Row, base: Row | None) -> list[str]:
+    """Time and memory, each with its ratio to the base."""
+    if row.get("correct") is False:
+        return ["incorrect" if row["p50_ms"] else "", "", "", ""]
+    if row["p50_ms"] is None:
+        return ["", "", "", ""]
     times = " to ".join(_significant(row[key]) for key in ("p20_ms", "p80_ms"))
-    cells = [
-        row["case"] if is_first else "",
-        row["implementation"],
-        f"{_significant(row['p50_ms'])} ({times})",
-        _ratio(row["p50_ms"], base["p50_ms"]),
-    ]
-    if row["peak_bytes"] is None or base["peak_bytes"] is None:
-        cells += ["", ""]
-    else:
-        cells.append(f"{row['peak_bytes'] / 2**20:.0f}")
-        cells.append(_ratio(row["peak_bytes"], base["peak_bytes"]))
-    return f"| {' | '.join(cells)} |"
+    cells = [f"{_significant(row['p50_ms'])} ({times})"]
+    cells.append(_ratio(row["p50_ms"], base and base["p50_ms"]))
+    if row["peak_bytes"] is None:
+        return [*cells, "", ""]
+    cells.append(f"{row['peak_bytes'] / 2**20:.0f}")
+    return [*cells, _ratio(row["peak_bytes"], base and base["peak_bytes"])]
 
 
-def _ratio(value: float, base: float) -> str:
-    """Two decimals, or two digits where these say nothing."""
-    ratio = value / base
-    return f"{ratio:.2f}x" if ratio >= 0.095 else f"{ratio:.2g}x"
+def _extra(row: Row, key: str) -> str:
+    """A cell of a column that not every file has."""
+    value = row.get(key)
+    if value is None or value == "":
+        return ""
+    if key == "tracked_peak_bytes":
+        return f"{value / 2**20:.0f}"
+    return f"{value:.0f}" if key == "percent_of_floor" else str(value)
+
+
+def _ratio(value: float, base: float | None) -> str:
+    """Two decimals, or two digits where these say nothing; nothing without a base."""
+    return shown(value / base, "x") if base else ""
 
 
 def _significant(value: float) -> str:
@@ -75,13 +110,24 @@ def _significant(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def number(name: str) -> str:
+    """A quantity on the CPU, as documents quote it."""
+    if name not in QUANTITIES:
+        raise ValueError(f"no quantity {name!r}; there are {', '.join(QUANTITIES)}")
+    found = measured(name, CPU)
+    if found is None:
+        raise ValueError(f"{name} is quoted, but {QUANTITIES[name].file}.json is not committed")
+    return shown(found.value, QUANTITIES[name].unit)
+
+
 def filled(text: str) -> str:
-    """The document with its sections as the results are now."""
-    return SECTION.sub(lambda found: found[1] + render(found[2]) + found[3], text)
+    """The document with its sections and numbers as the results are now."""
+    text = SECTION.sub(lambda found: found[1] + render(found[2]) + found[3], text)
+    return NUMBER.sub(lambda found: found[1] + number(found[2]), text)
 
 
 def main() -> None:
-    """Rewrite the sections of all documents."""
+    """Rewrite the sections and numbers of all documents."""
     for path in DOCUMENTS:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -3,13 +3,17 @@
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.report_demo import BEGIN, CURVE, END, RESULTS, render
-from benchmarks.report_rows import DOCUMENTS, filled
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from report_demo import BEGIN, CURVE, END, RESULTS, render
+from report_rows import DOCUMENTS, filled
+
 from fastrl.cli import COMMANDS
 from fastrl.config_io import load_config
 from fastrl_kernels import LinearLogps, Plan, PolicyLoss
@@ -105,8 +109,7 @@ def test_the_loop_of_your_own_samples():
     assert names["rollouts"].num_generations == 8
 
 
-def test_study_section_is_generated_from_the_committed_results(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_study_section_is_generated_from_the_committed_results():
     report_study = importlib.import_module("report_study")
     results = json.loads(report_study.RESULTS.read_text(encoding="utf-8"))
     text = report_study.DOCUMENT.read_text(encoding="utf-8")

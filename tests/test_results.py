@@ -1,0 +1,180 @@
+"""docs/results.md is what the committed results say, and goals and pictures are as current."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import pictures
+import report_results
+import report_rows
+from committed import CPU, RESULTS, ROOT, find
+from goal_table import counts, is_met, line_of, measured, table
+from goals import GOALS
+from quantities import GPU, QUANTITIES
+
+WHERE = {
+    "device": "NVIDIA X", "num_threads": "2", "torch": "2.13.0", "commit": "abc1234",
+    "command": "python benchmarks/gpu_suite.py",
+}  # fmt: skip
+
+
+def row(case, implementation, milliseconds=1.0, **more):
+    values = {"p20_ms": milliseconds, "p50_ms": milliseconds, "p80_ms": milliseconds}
+    known = {"correct": True, "peak_bytes": None, "note": "", "environment": WHERE}
+    return {"case": case, "implementation": implementation, **values, **known, **more}
+
+
+def results_with(tmp_path, folder, name, rows):
+    results = tmp_path / "results"
+    shutil.copytree(RESULTS, results, dirs_exist_ok=True)
+    (results / folder).mkdir(exist_ok=True)
+    (results / folder / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    return results
+
+
+def test_the_page_is_made_from_the_committed_results():
+    page = report_results.page()
+    assert page == report_results.page()
+    text = report_results.PAGE.read_text(encoding="utf-8")
+    assert text == page, "run python benchmarks/report_results.py"
+
+
+def test_every_file_of_results_has_its_section_with_its_command():
+    text = report_results.page()
+    for path in RESULTS.glob("*/*.json"):
+        after = text.split(f"[{path.name}](../benchmarks/results/{path.parent.name}/{path.name})")
+        assert len(after) == 2, path
+        assert re.search(r"`[^`]*(python|fastrl) [^`]+`", after[1].split("\n### ")[0]), path
+
+
+def test_links_of_the_page_lead_somewhere():
+    for link in re.findall(r"\]\(([^)]+)\)", report_results.page()):
+        target, _, anchor = link.partition("#")
+        path = ROOT / "docs" / target
+        assert path.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+            slugs = [re.sub(r"[^\w\- ]", "", x).lower().replace(" ", "-") for x in headings]
+            assert anchor in slugs, link
+
+
+@pytest.mark.parametrize("picture", pictures.pictures(), ids=lambda picture: picture.name)
+def test_pictures_are_drawn_from_what_is_committed(picture, tmp_path):
+    data = picture.data(RESULTS)
+    path = pictures.FOLDER / f"{picture.name}.png"
+    if data is None:
+        assert not path.exists(), f"{path.name} shows what is no longer committed"
+        return
+    stale = f"{path.name} is stale: run python benchmarks/report_results.py"
+    assert pictures.drawn_from(path) == pictures.digest(data), stale
+    pictures.draw(picture, data, tmp_path)
+    assert pictures.drawn_from(tmp_path / path.name) == pictures.digest(data)
+
+
+def test_a_picture_of_other_numbers_is_stale(tmp_path):
+    results = results_with(tmp_path, "x", "none", [])
+    picture = next(x for x in pictures.pictures(results) if x.name == "memory_by_context")
+    pictures.draw(picture, picture.data(results), tmp_path)
+    path = results / CPU / "trainer.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows[0]["peak_bytes"] *= 2
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    changed = pictures.digest(picture.data(results))
+    assert pictures.drawn_from(tmp_path / "memory_by_context.png") != changed
+    assert "memory_by_context" in pictures.refresh(tmp_path, results)
+    assert pictures.drawn_from(tmp_path / "memory_by_context.png") == changed
+    assert pictures.refresh(tmp_path, results) == []
+
+
+def test_a_roofline_appears_with_its_numbers(tmp_path):
+    sizes = {"flops": 4e12, "num_bytes": 1e10, "copy_gigabytes_per_second": 4000.0}
+    rows = [
+        row("policy_loss S=1", "bare matrix products", tflops=700.0, **sizes),
+        row("policy_loss S=1", "fastrl policy_loss", tflops=500.0, **sizes),
+        row("policy_loss S=1", "naive", tflops=100.0, **sizes),
+    ]
+    results = results_with(tmp_path, "nvidia-x", GPU, rows)
+    found = {picture.name: picture for picture in pictures.pictures(results)}
+    data = found["roofline_nvidia-x"].data(results)
+    assert (data["tflops"], data["copy"]) == (700.0, 4000.0)
+    assert [(p["intensity"], p["tflops"]) for p in data["points"]] == [(400, 500), (400, 100)]
+    assert "roofline_nvidia-x" in pictures.refresh(tmp_path, results)
+    assert "roofline_nvidia-x.png" in report_results.page(results)
+
+
+def test_goals_name_quantities_and_tests_that_exist():
+    for goal in GOALS:
+        assert (goal.most is None) != (goal.least is None), goal
+        assert not goal.quantity or goal.quantity in QUANTITIES, goal
+        if goal.held_by:
+            path, name = goal.held_by.split("::")
+            assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), goal
+
+
+def test_goals_of_the_cpu_are_measured_where_their_file_is_committed():
+    for goal in GOALS:
+        if goal.quantity and not goal.on_gpu:
+            assert measured(goal.quantity, CPU) is not None, goal
+
+
+def test_the_trainer_goal_is_the_quotient_of_two_committed_rows():
+    rows = json.loads((RESULTS / CPU / "trainer.json").read_text(encoding="utf-8"))
+    case = "update prompts=1 P=512 R=128 G=8 float32"
+    ours = find(rows, case, "fastrl")["p50_ms"]
+    theirs = [
+        row["p50_ms"] for row in rows if row["case"] == case and "TRL" in row["implementation"]
+    ]
+    assert measured("update_time", CPU).value == ours / min(theirs)
+
+
+def test_a_missed_goal_is_called_missed():
+    goal = next(goal for goal in GOALS if goal.quantity == "update_time")
+    assert line_of(goal, CPU).endswith("| yes |")
+    assert line_of(goal._replace(most=1e-6), CPU).endswith("| **no** |")
+    assert not is_met(goal, goal.most * 1.001)
+    assert is_met(goal, goal.most)
+    met, missed, unknown = counts()
+    assert met + missed + unknown >= len(GOALS)
+    assert unknown >= sum(not goal.quantity and not goal.held_by for goal in GOALS)
+
+
+def test_goals_of_a_gpu_are_told_once_it_was_measured(tmp_path):
+    assert all(line_of(goal, None).endswith("| unknown |") for goal in GOALS if goal.on_gpu)
+    case = "select_tokens ratio=0.2 B=1 C=1048576 float32"
+    rows = [row(case, "fastrl select_tokens", 0.15), row(case, "torch", 0.6)]
+    results = results_with(tmp_path, "nvidia-x", GPU, rows)
+    shown = table(results)
+    assert "(nvidia-x) | at most 0.2 ms | 0.15 ms | torch, 0.6 ms | yes |" in shown
+    assert "no correct row of a case 'policy_loss" in shown  # it was stopped before that
+
+
+def test_what_is_not_correct_gets_no_ratio():
+    rows = [row("a", "fastrl x", 2.0), row("a", "peer", 1.0, correct=False)]
+    assert report_rows.table(rows).splitlines()[-1] == "|  | peer | incorrect |  |  |  |"
+    rows = [row("a", "fastrl x", 2.0, correct=False), row("a", "peer", 1.0)]
+    assert "x |" not in report_rows.table(rows).splitlines()[-1]
+
+
+def test_a_number_in_a_document_is_written_from_the_results():
+    text = "takes <!-- measured:update_time -->9.99x of the time"
+    value = measured("update_time", CPU).value
+    assert (
+        report_rows.filled(text) == f"takes <!-- measured:update_time -->{value:.2f}x of the time"
+    )
+    with pytest.raises(ValueError, match="no quantity 'nonsense'"):
+        report_rows.filled("<!-- measured:nonsense -->1x")
+
+
+def test_a_result_without_rows_or_renderer_is_refused(tmp_path):
+    path = tmp_path / "novelty.json"
+    path.write_text('{"numbers": [1]}', encoding="utf-8")
+    with pytest.raises(ValueError, match="RENDERERS"):
+        report_results.section(path)
