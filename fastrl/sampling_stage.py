@@ -36,8 +36,7 @@ from fastrl.methods.record import Method
 from fastrl.phase_clock import PhaseClock
 from fastrl.policy import Policy
 from fastrl.prompt_stream import PromptStream
-from fastrl.recorder import Recorded, Recorder
-from fastrl.replay import Replay
+from fastrl.replay import Recorded, Recorder, Replay
 from fastrl.rewards import Scorer
 from fastrl.rollout import Sampling, make_engine
 from fastrl.rollout_check import check_engine

@@ -27,6 +27,7 @@ from fastrl.report import read_metrics
 from fastrl.rescore import rescore
 from fastrl.rollout.native import NativeEngine
 from fastrl.run import train
+from fastrl.vstar import run_vstar
 from tests.test_dynamic_sampling import config_of as dynamic_config
 from tests.test_dynamic_sampling import numbered_prompts
 from tests.test_partial_rollouts import config_of as partial_config
@@ -49,6 +50,13 @@ def truncated(directory: Path):
         num_generations=4, max_prompt_length=48, max_completion_length=5, top_p=0.9
     )
     return small(directory, rollout=rollout)
+
+
+def dynamic_with_baselines(directory: Path):
+    """Greedy completions in each of several rounds."""
+    config = dynamic_config(directory, "seldom", max_steps=3)
+    objective = {**config.objective, "advantage": "baseline_centred"}
+    return dataclasses.replace(config, objective=objective)
 
 
 @pytest.fixture
@@ -74,8 +82,23 @@ def sampled(monkeypatch):
         lambda directory: dynamic_config(directory, "seldom", max_steps=3),
         lambda directory: partial_config(directory, max_steps=6),
         lambda directory: small(directory, objective={"max_pass_rate": 0.4}),
+        lambda directory: small(directory, method="remax"),
+        lambda directory: dynamic_with_baselines(directory),
+        lambda directory: small(directory, method="astar_po"),
+        lambda directory: small(directory, method="spo_single_stream"),
     ],
-    ids=["plain", "truncated", "ratio_to_sampler", "dynamic", "partial", "solved"],
+    ids=[
+        "plain",
+        "truncated",
+        "ratio_to_sampler",
+        "dynamic",
+        "partial",
+        "solved",
+        "greedy",
+        "greedy_dynamic",
+        "reference",
+        "tracked",
+    ],
 )
 def test_a_replayed_run_is_the_run_that_was_saved(tmp_path, sampled, make):
     """The same weights, metrics and completions; the engine only answers held-out prompts."""
@@ -210,6 +233,25 @@ def test_another_round_than_was_recorded_is_an_error(tmp_path, recording):
     config = small(tmp_path / "run", objective=objective)
     with pytest.raises(InputError, match="was recorded in 1 rounds of sampling"):
         train(config, replay_rollouts=recording)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("remax", "recorded without the rewards of greedy completions"),
+        ("astar_po", "and a replay samples nothing; run fastrl vstar with .*, then replay"),
+    ],
+)
+def test_what_was_not_sampled_then_is_not_sampled_now(
+    tmp_path, recording, sampled, method, message
+):
+    config = small(tmp_path / "run", method=method)
+    with pytest.raises(InputError, match=message):
+        train(config, replay_rollouts=recording)
+    assert set(sampled) == {config.eval.num_samples}
+    if method == "astar_po":
+        run_vstar(config)
+        train(config, replay_rollouts=recording, overwrite=True)
 
 
 def test_steps_that_are_broken_or_changed_are_errors(tmp_path, recording):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from fastrl.methods.inputs import StepInputs
 from fastrl.sampler import Scored, generate_while_scoring
@@ -35,12 +36,19 @@ class GreedyBaselines:
         stage, prompts = self.stage, scored.rollouts.prompts
         if step != self.step:
             self.rewards, self.step = {}, step
+        rewards = stage.greedy_rewards = self._sampled(prompts, step)
+        self.rewards |= dict(zip(value_keys(prompts, stage.task), rewards.tolist(), strict=True))
+
+    def _sampled(self, prompts: Prompts, step: int) -> Tensor:
+        """(P,) rewards of the prompts of a round, sampled or as they were recorded."""
+        stage = self.stage
+        if stage.replay is not None:
+            return stage.replay.greedy_rewards(step, len(stage.recorded))
         generator = make_generator(stage.policy.device, stage.config.seed, "greedy", step)
         rollouts, texts = generate_while_scoring(
             stage.engine, stage.scorer, stage.policy.tokenizer, prompts, self.sampling, generator
         )
-        rewards = stage.scorer.score(rollouts, texts).total.tolist()
-        self.rewards |= dict(zip(value_keys(prompts, stage.task), rewards, strict=True))
+        return stage.scorer.score(rollouts, texts).total
 
     def inputs(self, inputs: StepInputs, prompts: Prompts) -> StepInputs:
         """The step with the greedy reward of its prompt for every completion."""

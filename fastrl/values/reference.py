@@ -25,6 +25,7 @@ from fastrl.errors import InputError
 from fastrl.methods.inputs import StepInputs
 from fastrl.policy import Policy
 from fastrl.prompt_stream import PromptStream
+from fastrl.replay import Recorded, Replay
 from fastrl.rewards import Scorer
 from fastrl.rollout import Engine, Sampling
 from fastrl.sampler import Scored, generate_while_scoring
@@ -55,6 +56,9 @@ class Stage(Protocol):
     engine: Engine
     sampling: Sampling
     stream: PromptStream
+    replay: Replay | None
+    recorded: list[Recorded]
+    greedy_rewards: Tensor | None
 
     def encode(self, examples: Sequence[Example]) -> Prompts: ...
 
@@ -114,8 +118,9 @@ class ReferenceValues:
                     new = {k: x for k, x in zip(keys, found, strict=True) if k not in store}
                     waiting |= new
                     seen.update(keys)
-                if waiting and is_resumed:
-                    raise _cannot_sample(store.directory, next(iter(waiting.values()))[1])
+                if waiting and (is_resumed or stage.replay is not None):
+                    example = next(iter(waiting.values()))[1]
+                    raise _cannot_sample(store.directory, example, is_resumed=is_resumed)
                 # Where values leave prompts out, those of a window say how many more are needed.
                 needed = 1 if prompts is None or self.min_solved else PROMPTS_PER_BATCH
                 while len(waiting) >= needed:
@@ -241,9 +246,12 @@ class ReferenceValues:
         return self.stage.encode([self.stage.task.train_example(index) for index in indices])
 
 
-def _cannot_sample(directory: Path, example: Example) -> InputError:
+def _cannot_sample(directory: Path, example: Example, *, is_resumed: bool) -> InputError:
+    why = "a replay samples nothing"
+    if is_resumed:
+        why = "the policy is no longer the one that the run began with"
     return InputError(
         f"the prompt {prompt_start(example.prompt)} has no rewards of reference completions in "
-        f"{directory}, and the policy is no longer the one that the run began with; run fastrl "
-        "vstar with the run's config.toml and the same flags first, then resume"
+        f"{directory}, and {why}; run fastrl vstar with the run's config.toml and the same flags "
+        f"first, then {'resume' if is_resumed else 'replay'}"
     )
