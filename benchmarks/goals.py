@@ -166,7 +166,9 @@ GOALS = (
         least=0.85,
         on_gpu=True,
     ),
-    Goal(SHARED, "time of a plan of 64k tokens", most=1, unit="ms", on_gpu=True),
+    Goal(
+        SHARED, "time of a plan of 64k tokens", most=1, unit="ms", quantity="gpu_plans", on_gpu=True
+    ),
     Goal(
         SPARSE,
         "time of the head with a fifth of the tokens against masking",
@@ -259,8 +261,8 @@ GOALS = (
         unit="",
         quantity="demo_gain",
     ),
-    Goal(TRAINER, "the same of PPO", least=0.3, unit=""),
-    Goal(TRAINER, "the same of A*-PO", least=0.3, unit=""),
+    Goal(TRAINER, "the same of PPO", least=0.3, unit="", quantity="demo_ppo_gain"),
+    Goal(TRAINER, "the same of A*-PO", least=0.3, unit="", quantity="demo_astar_po_gain"),
     Goal(
         TRAINER,
         "losses of five steps against TRL's, relative difference",

@@ -150,7 +150,10 @@ def kept_keys_and_values(rows: list[Row]) -> Measured:
 
 def slowest_plan(rows: list[Row]) -> Measured:
     """Milliseconds of the slowest plan."""
-    return Measured(max(row[TIME] for row in rows if row["implementation"] == "fastrl, all"))
+    plans = [row[TIME] for row in rows if row["implementation"] == "fastrl, all"]
+    if not plans:
+        raise ValueError("no row of 'fastrl, all'")
+    return Measured(max(plans))
 
 
 def not_sharing(other: str) -> Callable[[list[Row]], Measured]:

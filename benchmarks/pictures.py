@@ -134,6 +134,30 @@ def draw_frontier(data: Any, axes: Any) -> None:
     axes.legend(fontsize=8)
 
 
+def learning(results: Path) -> list[dict[str, Any]] | None:
+    """By method of headlines.json: mean pass@1 over the seeds, and the samples it took."""
+    path = results / CPU / "headlines.json"
+    runs = read(path)["learning"] if path.exists() else []
+    found = []
+    for name in dict.fromkeys(run["learner"] for run in runs):
+        curves = [run["points"] for run in runs if run["learner"] == name]
+        points = [
+            [sum(point[key] for point in at) / len(at) for key in ("samples", "pass_at_1")]
+            for at in zip(*curves, strict=False)
+        ]
+        found.append({"name": name, "points": points})
+    return found or None
+
+
+def draw_learning(data: Any, axes: Any) -> None:
+    """A line for each method."""
+    for index, line in enumerate(data):
+        style = "-" if index < 10 else "--"
+        axes.plot(*zip(*line["points"], strict=True), style, label=line["name"], linewidth=1.2)
+    axes.set(xlabel="samples", ylabel="held-out pass@1", title="the demo task, mean over seeds")
+    axes.legend(fontsize=7)
+
+
 def roofs(folder: str) -> Callable[[Path], dict[str, Any] | None]:
     """Of one machine: rates of copying and of bare products, and what was reached below them."""
 
@@ -188,6 +212,7 @@ def pictures(results: Path = RESULTS) -> list[Picture]:
         Picture("memory_by_context", "Peak memory of an update", memories, draw_memories),
         Picture("frontier", "The longest context in a budget of memory", frontier, draw_frontier),
     ]  # fmt: skip
+    found.append(Picture("headlines", "pass@1 over samples, by method", learning, draw_learning))
     for folder in (CPU, *devices(results)):
         name = "roofline" if folder == CPU else f"roofline_{folder}"
         caption = f"Roofline, {folder}: rates reached below those of copying and of bare products"
@@ -216,6 +241,17 @@ def drawn_from(path: Path) -> str | None:
         return None
     with Image.open(path) as image:
         return image.info.get(KEY)
+
+
+def stamp(source: Path, target: Path, data: Any) -> None:
+    """Copy a picture that a run drew, with the hash of the results that it stands beside."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    known = PngInfo()
+    known.add_text(KEY, digest(data))
+    with Image.open(source) as image:
+        image.save(target, pnginfo=known)
 
 
 def draw(picture: Picture, data: Any, folder: Path = FOLDER) -> None:

@@ -130,6 +130,9 @@ QUANTITIES: dict[str, Quantity] = {
         against(OF_METHODS, "fastrl A*-PO, G=1", "fastrl PPO, value model, G=8", MEMORY),
     ),
     "demo_gain": Quantity("demo", "", gain),
+    "demo_ppo_gain": Quantity("demo_ppo", "", gain),
+    "demo_astar_po_gain": Quantity("demo_astar_po", "", gain),
+    "gpu_plans": Quantity(GPU, "ms", slowest_plan),
     "gpu_loss": Quantity(GPU, "x", of_floor(*(f"policy_loss {size}" for size in BIG))),
     "gpu_forward": Quantity(GPU, "x", of_floor(*(f"forward {size}" for size in BIG))),
     "gpu_sparse_loss": Quantity(

@@ -9,6 +9,7 @@ command. Rows become a table; what has another form is rendered by the module th
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ class Section(NamedTuple):
 
 ABOUT = {
     "demo": Section("The demo", "Three seeds of `make demo`."),
+    "demo_ppo": Section("The demo with PPO", "Three seeds, a value head on the shared layers."),
+    "demo_astar_po": Section("The demo with A*-PO", "Three seeds, one completion a prompt."),
     "trainer": Section(
         "Updates against TRL's",
         "From completions to new weights, the same model, completions, rewards and settings; "
@@ -90,17 +93,18 @@ ABOUT = {
 
 def render_demo(results: Any) -> str:
     """The README's section, with its picture seen from docs/."""
-    return str(importlib.import_module("report_demo").render(results)).replace("](docs/", "](")
+    return importlib.import_module("report_demo").render(results).replace("](docs/", "](")
 
 
 def render_study(results: Any) -> str:
     """The section of docs/training.md."""
-    return str(importlib.import_module("report_study").render(results))
+    return importlib.import_module("report_study").render(results)
 
 
 def render_headlines(results: Any) -> str:
-    """A table for each claim."""
-    return str(importlib.import_module("headlines").render(results))
+    """A table for each claim, below the file's own heading."""
+    rendered = str(importlib.import_module("headline_report").render(results))
+    return re.sub(r"^### ", "#### ", rendered, flags=re.MULTILINE)
 
 
 def render_kernels(results: Any) -> str:
@@ -117,6 +121,8 @@ def render_kernels(results: Any) -> str:
 
 RENDERERS: dict[str, Callable[[Any], str]] = {
     "demo": render_demo,
+    "demo_ppo": render_demo,
+    "demo_astar_po": render_demo,
     "d3s_study": render_study,
     "headlines": render_headlines,
     "kernel_resources": render_kernels,

@@ -69,9 +69,10 @@ def where(rows: list[Row], content: Any = None) -> str:
     commands = dict.fromkeys(row["environment"]["command"] for row in rows)
     versions = ", ".join(f"{name} {place[name]}" for name in NAMES if name in place)
     driver = f", driver {place['driver']}" if "driver" in place else ""
+    absent = f" Absent: {place['absent']}." if place.get("absent") else ""
     return (
         f"{place['device']}{driver}, {place['num_threads']} threads, {versions}; commit "
-        f"{' and '.join(commits)}: {', '.join(f'`{command}`' for command in commands)}."
+        f"{' and '.join(commits)}: {', '.join(f'`{command}`' for command in commands)}.{absent}"
     )
 
 

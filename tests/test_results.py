@@ -19,6 +19,7 @@ from committed import CPU, RESULTS, ROOT, find
 from goal_table import counts, is_met, line_of, measured, table
 from goals import GOALS
 from quantities import GPU, QUANTITIES
+from suite_cases import gpu_cases
 
 WHERE = {
     "device": "NVIDIA X", "num_threads": "2", "torch": "2.13.0", "commit": "abc1234",
@@ -79,6 +80,29 @@ def test_pictures_are_drawn_from_what_is_committed(picture, tmp_path):
     assert pictures.drawn_from(tmp_path / path.name) == pictures.digest(data)
 
 
+def test_the_curve_of_the_demo_stands_beside_its_results():
+    results = json.loads((RESULTS / CPU / "demo.json").read_text(encoding="utf-8"))
+    assert pictures.drawn_from(pictures.FOLDER / "demo_curve.png") == pictures.digest(results)
+
+
+def test_curves_of_methods_are_means_over_seeds(tmp_path):
+    def run(learner, seed, values):
+        points = [{"samples": 512 * i, "pass_at_1": value} for i, value in enumerate(values)]
+        return {"learner": learner, "seed": seed, "points": points}
+
+    runs = [run("GRPO", 0, [0.2, 0.4]), run("GRPO", 1, [0.4, 0.8]), run("PPO", 0, [0.1, 0.2])]
+    results = tmp_path / "results"
+    (results / CPU).mkdir(parents=True)
+    (results / CPU / "headlines.json").write_text(json.dumps({"learning": runs}), encoding="utf-8")
+    found = {picture.name: picture for picture in pictures.pictures(results)}["headlines"]
+    first, second = found.data(results)
+    assert first["name"] == "GRPO"
+    assert [x for x, _ in first["points"]] == [0, 512]
+    assert [y for _, y in first["points"]] == pytest.approx([0.3, 0.6])
+    assert second["points"] == [[0, 0.1], [512, 0.2]]
+    assert "headlines" in pictures.refresh(tmp_path, results)
+
+
 def test_a_picture_of_other_numbers_is_stale(tmp_path):
     results = results_with(tmp_path, "x", "none", [])
     picture = next(x for x in pictures.pictures(results) if x.name == "memory_by_context")
@@ -122,7 +146,9 @@ def test_goals_name_quantities_and_tests_that_exist():
 def test_goals_of_the_cpu_are_measured_where_their_file_is_committed():
     for goal in GOALS:
         if goal.quantity and not goal.on_gpu:
-            assert measured(goal.quantity, CPU) is not None, goal
+            file = QUANTITIES[goal.quantity].file
+            is_there = any(RESULTS.glob(f"*/{file}.json"))
+            assert (measured(goal.quantity, CPU) is not None) == is_there, goal
 
 
 def test_the_trainer_goal_is_the_quotient_of_two_committed_rows():
@@ -154,6 +180,23 @@ def test_goals_of_a_gpu_are_told_once_it_was_measured(tmp_path):
     shown = table(results)
     assert "(nvidia-x) | at most 0.2 ms | 0.15 ms | torch, 0.6 ms | yes |" in shown
     assert "no correct row of a case 'policy_loss" in shown  # it was stopped before that
+
+
+def test_goals_of_a_gpu_find_their_cases_in_the_suite(tmp_path):
+    """Were a case named otherwise, its goal would stay "not measured" for ever."""
+    implementations = (
+        "fastrl policy_loss", "fastrl linear_logps", "fastrl segment_attention", "fastrl, all",
+        "trl", "liger chunked grpo", "flex", "varlen flash, repeated rows",
+    )  # fmt: skip
+    more = {"floor_ms": 1.0, "peak_bytes": 2**20, "beyond_gradients_bytes": 2**20}
+    rows = [
+        row(case.name, implementation, **more)
+        for case in gpu_cases(tiny=False) for implementation in implementations
+    ]  # fmt: skip
+    results = results_with(tmp_path, "nvidia-x", GPU, rows)
+    for goal in GOALS:
+        if goal.on_gpu and goal.quantity:
+            assert measured(goal.quantity, "nvidia-x", results) is not None, goal
 
 
 def test_what_is_not_correct_gets_no_ratio():
