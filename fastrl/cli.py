@@ -7,13 +7,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from fastrl.cli_configs import config_of, run_or_config
+from fastrl.cli_tables import print_table
 from fastrl.errors import InputError, nearest
 from fastrl.words import no_more, take_json_path, take_path, take_switch, take_value, take_values
-
-if TYPE_CHECKING:
-    from fastrl.config import Config
 
 USAGE = """usage: fastrl COMMAND [ARGUMENTS]
 
@@ -32,6 +30,7 @@ commands:
   methods [show NAME]                                   policy-optimisation methods and their axes
   explain [FIELD]                                       what a field of the config is
   tasks [WORD]                                          tasks to train on, with their parameters
+  bench MODEL_OR_CONFIG [--ARGUMENT VALUE ...]          what each technique gives, settings for it
   doctor                                                what is installed and which kernels will run
 
 `fastrl train --help` lists every field with its default."""
@@ -49,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(version("fastrl-llm"))
         return 0
     command = COMMANDS.get(words[0])
-    if words[0] not in ("train", "eval", "score", "vstar") and {"-h", "--help"} & set(words):
+    if words[0] not in ("train", "eval", "score", "vstar", "bench") and {"-h", "--help"} & set(
+        words
+    ):
         print(USAGE)
         return 0
     try:
@@ -85,7 +86,7 @@ def _train(words: list[str]) -> int:
         if not (run_directory / "config.toml").is_file():
             raise InputError(f"no run to resume in {resume}: it has no config.toml")
         words = [str(run_directory / "config.toml"), *words, "--output-dir", resume]
-    config = _config(words, "fastrl train CONFIG.toml")
+    config = config_of(words, "fastrl train CONFIG.toml")
     _prepare_libraries()
     from fastrl.run import train
     from fastrl.stop_requests import Interrupted
@@ -110,12 +111,12 @@ def _eval(words: list[str]) -> int:
     if {"-h", "--help"} & set(words):
         print(USAGE)
         return 0
-    config, run_directory = _run_or_config(words, "fastrl eval RUN_OR_CONFIG")
+    config, run_directory = run_or_config(words, "fastrl eval RUN_OR_CONFIG")
     _prepare_libraries()
     from fastrl.held_out import evaluate
 
     evaluation = evaluate(config, run_directory)
-    _print_table(
+    print_table(
         ("measure", "value"),
         [(name, f"{value:.4f}") for name, value in evaluation.metrics.items()],
         title=f"{evaluation.num_prompts} held-out prompts, {evaluation.num_samples} samples each",
@@ -137,14 +138,14 @@ def _score(words: list[str]) -> int:
     if {"-h", "--help"} & set(words):
         print(USAGE)
         return 0
-    config, _ = _run_or_config(words, "fastrl score RUN_OR_CONFIG --replay-rollouts DIR")
+    config, _ = run_or_config(words, "fastrl score RUN_OR_CONFIG --replay-rollouts DIR")
     if directory is None:
         raise InputError("give the rollouts to score: --replay-rollouts DIR")
     _prepare_libraries()
     from fastrl.rescore import rescore
 
     scored = rescore(config, directory)
-    _print_table(
+    print_table(
         ("measure", "recorded", "now"),
         [(name, *map(_shown, values)) for name, values in scored.rows],
         title=f"{scored.num_completions} completions of {scored.num_steps} steps",
@@ -156,7 +157,7 @@ def _score(words: list[str]) -> int:
 
 
 def _vstar(words: list[str]) -> int:
-    config = _config(words, "fastrl vstar CONFIG.toml")
+    config = config_of(words, "fastrl vstar CONFIG.toml")
     _prepare_libraries()
     from fastrl.vstar import run_vstar
 
@@ -171,7 +172,7 @@ def _merge(words: list[str]) -> int:
     run_directory, target = Path(words[0]), Path(words[1])
     if target.exists():
         raise InputError(f"{target} exists; choose another directory")
-    config, _ = _run_or_config(words[:1], "fastrl merge RUN DIRECTORY")
+    config, _ = run_or_config(words[:1], "fastrl merge RUN DIRECTORY")
     _prepare_libraries()
     from fastrl.checkpoint import newest_checkpoint
     from fastrl.merging import save_merged
@@ -212,7 +213,7 @@ def _tasks(words: list[str]) -> int:
     rows = [(task.name, task.parameters) for task in list_tasks() if word in task.name]
     if not rows:
         raise InputError(f"no task has {word!r} in its name; fastrl tasks lists all of them")
-    _print_table(("task", "parameters (task_args)"), rows, title=f"{len(rows)} tasks")
+    print_table(("task", "parameters (task_args)"), rows, title=f"{len(rows)} tasks")
     return 0
 
 
@@ -220,8 +221,29 @@ def _doctor(words: list[str]) -> int:
     no_more(words)
     from fastrl.doctor import examine
 
-    _print_table(("what", "state"), examine(), title="fastrl doctor")
+    print_table(("what", "state"), examine(), title="fastrl doctor")
     return 0
+
+
+def _bench(words: list[str]) -> int:
+    from fastrl.bench import request
+
+    if {"-h", "--help"} & set(words):
+        print(request.USAGE)
+        return 0
+    asked = request.take_request(words)
+    _prepare_libraries()
+    from fastrl.bench.report import report
+    from fastrl.bench.run import bench
+
+    record = report(bench(asked), print_table)
+    if asked.json_path is not None:
+        text = json.dumps(record, indent=2) + "\n"
+        Path(asked.json_path).write_text(text, encoding="utf-8")
+    recommended = record["recommended"]
+    if asked.toml_path is not None and recommended is not None:
+        asked.toml_path.write_text(recommended["toml"], encoding="utf-8")
+    return int(any(row["is_correct"] is False for row in record["techniques"]))
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -233,47 +255,13 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "methods": _methods,
     "explain": _explain,
     "tasks": _tasks,
+    "bench": _bench,
     "doctor": _doctor,
 }
 
 
-def _config(words: list[str], prog: str) -> Config:
-    """The config file named first, with the flags behind it applied."""
-    from fastrl.config import Config
-    from fastrl.config_io import load_config, override_config
-
-    if {"-h", "--help"} & set(words):
-        return override_config(Config(), ["--help"], prog)  # prints and exits
-    if not words or words[0].startswith("-"):
-        raise InputError(f"give a config file first: {prog}")
-    return override_config(load_config(words[0]), words[1:], prog)
-
-
-def _run_or_config(words: list[str], prog: str) -> tuple[Config, Path | None]:
-    """The config of the run or file named first, with its flags, and the run if it is one."""
-    if not words or words[0].startswith("-"):
-        raise InputError(f"give a run directory or a config: {prog}")
-    run_directory = Path(words[0]) if Path(words[0]).is_dir() else None
-    if run_directory is not None:
-        if not (run_directory / "config.toml").is_file():
-            raise InputError(f"{run_directory} is not a run: it has no config.toml")
-        words = [str(run_directory / "config.toml"), *words[1:]]
-    return _config(words, prog), run_directory
-
-
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    table = Table(*header, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table, markup=False)
 
 
 def _prepare_libraries() -> None:

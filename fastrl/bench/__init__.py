@@ -1,0 +1,1 @@
+"""What each technique is worth on a user's own model, lengths and machine: `fastrl bench`."""
