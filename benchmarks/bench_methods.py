@@ -1,13 +1,15 @@
-"""Whole steps of our own trainer, rollouts to new weights: A*-PO against GRPO and PPO.
+"""Whole steps of our own trainer, rollouts to new weights: A*-PO against GRPO, PPO and REBEL.
 
-python benchmarks/bench_methods.py [--quick] [--json PATH]
+python benchmarks/bench_methods.py [--quick] [--json PATH] [--case PROMPTS,P,R,G] [--only TEXT]
 
 The same model (Qwen3, 25M parameters in its layers, V = 32000, float32), the same number of prompts
-a step, completions of R tokens sampled by the native engine. GRPO and PPO sample G = 8 completions
-a prompt, A*-PO one: what it knows of its prompts is sampled before the run (8 reference completions
-each), which is timed apart. Each method runs in processes of its own that take turns. Memory is all
-that a trainer takes with its weights, states, reference and value model, at its highest during a
-step: growth of the resident set since before the model was loaded.
+a step, completions of R tokens sampled by the native engine. GRPO and PPO sample G completions a
+prompt, REBEL two, A*-PO one: what it knows of its prompts is sampled before the run (8 reference
+completions each), which is timed apart. All weights are trained, or in settings "with LoRA" an
+adapter of rank 16, whose reference is the adapter switched off. Each method runs in processes of
+its own that take turns. Memory is all that a trainer takes with its weights, states, reference and
+value model, at its highest during a step: growth of the resident set since before the model was
+loaded.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from fastrl.methods.needs import requirements
 from fastrl.reference import make_reference
 
 NUM_STEPS = 3  # of which the first is not timed
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 REWARD = """
 def parity(completion_ids, **columns):
     return [float(sum(ids) % 2) for ids in completion_ids]
@@ -63,14 +66,26 @@ class Run(NamedTuple):
     values_seconds: float  # of stage one
 
 
-SETTINGS = (
-    Setting(f"{OURS} A*-PO, G=1", "astar_po", 1, {}),
-    Setting(f"{OURS} GRPO, G=8", "grpo", 8, {}),
-    Setting(f"{OURS} GRPO with KL, G=8", "grpo", 8, {"objective": {"beta": 1e-3}}),
-    Setting(f"{OURS} PPO, value head, G=8", "ppo", 8, {}),
-    Setting(f"{OURS} PPO, value head, G=1", "ppo", 1, {}),
-    Setting(f"{OURS} PPO, value model, G=8", "ppo", 8, {"critic": "model"}),
-)
+def settings_of(num_generations: int) -> list[Setting]:
+    """All weights first, then adapters; the first of either is what others are compared with."""
+    group, lora = f"G={num_generations}", {"lora": LORA}
+    kl, model = {"objective": {"beta": 1e-3}}, {"critic": "model"}
+    return [
+        Setting(f"{OURS} A*-PO, G=1", "astar_po", 1, {}),
+        Setting(f"{OURS} GRPO, {group}", "grpo", num_generations, {}),
+        Setting(f"{OURS} GRPO with KL, {group}", "grpo", num_generations, kl),
+        Setting(f"{OURS} REBEL, G=2", "rebel", 2, {}),
+        Setting(f"{OURS} PPO, value head, {group}", "ppo", num_generations, {}),
+        Setting(f"{OURS} PPO, value head, G=1", "ppo", 1, {}),
+        Setting(f"{OURS} PPO, value model, {group}", "ppo", num_generations, model),
+        Setting(f"{OURS} A*-PO with LoRA, G=1", "astar_po", 1, lora),
+        Setting(f"{OURS} GRPO with LoRA, {group}", "grpo", num_generations, lora),
+        Setting(f"{OURS} GRPO with LoRA and KL, {group}", "grpo", num_generations, {**kl, **lora}),
+        Setting(f"{OURS} REBEL with LoRA, G=2", "rebel", 2, lora),
+        Setting(f"{OURS} PPO with LoRA, value head, {group}", "ppo", num_generations, lora),
+        Setting(f"{OURS} PPO with LoRA, value adapter, {group}", "ppo", num_generations,
+                {"critic": "lora", **lora}),
+    ]  # fmt: skip
 
 
 def run_steps(setting: Setting, case: Case, quick: bool, for_memory: bool) -> Run:
@@ -79,7 +94,7 @@ def run_steps(setting: Setting, case: Case, quick: bool, for_memory: bool) -> Ru
         count_big_blocks()
     with tempfile.TemporaryDirectory() as directory:
         save_model(directory, quick)
-        trainer_config = _config(setting, case, directory)
+        trainer_config = make_config(setting, case, directory, NUM_STEPS)
         before = reset_high_water_mark()
         trainer = build_trainer(trainer_config)
         if "ref_logps" in requirements(trainer.method):
@@ -101,20 +116,23 @@ def run_steps(setting: Setting, case: Case, quick: bool, for_memory: bool) -> Ru
     return Run(seconds[1:], peak, values_seconds)
 
 
-def _config(setting: Setting, case: Case, directory: str) -> Config:
+def make_config(setting: Setting, case: Case, directory: str, num_steps: int) -> Config:
+    """Of a run on prompts that only differ in their number, with a reward that means nothing."""
     prompts, reward = Path(directory) / "prompts.jsonl", Path(directory) / "reward.py"
     letters = (string.ascii_letters * case.prompt_length)[: case.prompt_length - 4]
-    rows = range(NUM_STEPS * case.num_prompts + 1)
+    rows = range(num_steps * case.num_prompts + 1)
     prompts.write_text("".join(f'{{"prompt": "{i:04}{letters}"}}\n' for i in rows))
     reward.write_text(REWARD)
-    critic = directory if setting.options.get("critic") == "model" else "head"
+    critic = setting.options.get("critic", "head")
+    critic = directory if critic == "model" else critic
     return Config(
         task=f"jsonl:{prompts}", rewards=(f"{reward}:parity",), reward_workers=0,
         method=setting.method, objective=setting.options.get("objective", {}),
         values_dir=f"{directory}/values", prompts_per_step=case.num_prompts,
-        max_tokens_per_pass=2048, max_steps=NUM_STEPS, critic=CriticConfig(model=critic),
+        max_tokens_per_pass=2048, max_steps=num_steps, critic=CriticConfig(model=critic),
         data=DataConfig(eval_size=1), eval=EvalConfig(num_samples=1),
-        model=ModelConfig(path=directory), optim=OptimConfig(learning_rate=1e-6),
+        model=ModelConfig(path=directory, lora=setting.options.get("lora", {})),
+        optim=OptimConfig(learning_rate=1e-6),
         rollout=RolloutConfig(
             num_generations=setting.num_generations, max_prompt_length=case.prompt_length,
             max_completion_length=case.completion_length,
@@ -122,10 +140,10 @@ def _config(setting: Setting, case: Case, directory: str) -> Config:
     )  # fmt: skip
 
 
-def measure(case: Case, *, quick: bool) -> list[Row]:
+def measure(case: Case, settings: list[Setting], *, quick: bool) -> list[Row]:
     """Settings in turns, once for time and once for memory."""
     where, rows = environment("cpu"), []
-    for setting in SETTINGS:
+    for setting in settings:
         timed = in_fresh_process(run_steps, setting, case, quick, False)
         weighed = in_fresh_process(run_steps, setting, case, quick, True)
         times = quantiles([1000 * value for value in timed.seconds])
@@ -133,7 +151,8 @@ def measure(case: Case, *, quick: bool) -> list[Row]:
         note = f"{before:.1f} s before for {NUM_STEPS} steps' prompts" if before else ""
         rows.append(
             Row(
-                case=f"step prompts={case.num_prompts} P={case.prompt_length} "
+                case=f"step{' with LoRA' if 'lora' in setting.options else ''} "
+                f"prompts={case.num_prompts} P={case.prompt_length} "
                 f"R={case.completion_length} float32",
                 implementation=setting.name, correct=True, environment=where,
                 p20_ms=times.p20, p50_ms=times.p50, p80_ms=times.p80,
@@ -143,24 +162,56 @@ def measure(case: Case, *, quick: bool) -> list[Row]:
     return rows
 
 
-def main() -> int:
-    """Prints the table: ratios are to A*-PO, whose goals are 0.5x the time, 0.7x the memory."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to try the benchmark")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    args = parser.parse_args()
-    case = Case(2, 48, 8, 8) if args.quick else Case(2, 128, 64, 8)
-    rows = measure(case, quick=args.quick)
+def report(rows: list[Row]) -> None:
+    """The table of a case, and its first row as part of the others: A*-PO and its goals."""
     print_table(rows)
     first = rows[0]
     for row in rows[1:]:
         if first.p50_ms and row.p50_ms and first.peak_bytes and row.peak_bytes:
             print(
-                f"A*-PO against {row.implementation.removeprefix(OURS).strip()}: "
+                f"{first.implementation.removeprefix(OURS).strip()} against "
+                f"{row.implementation.removeprefix(OURS).strip()}: "
                 f"{first.p50_ms / row.p50_ms:.2f}x the time (goal 0.50), "
                 f"{first.peak_bytes / row.peak_bytes:.2f}x the memory (goal 0.70)"
             )
-    write_json(args.json, rows)
+
+
+def read_case(text: str) -> Case:
+    """PROMPTS,P,R,G as a case."""
+    try:
+        num_prompts, prompt, completion, num_generations = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected PROMPTS,P,R,G as four numbers such as 2,128,64,8, got {text!r}"
+        ) from None
+    if min(num_prompts, prompt - 4, completion, num_generations - 1) < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected at least 1 prompt, P=5, R=1 and G=2, got {text!r}"
+        )
+    return Case(num_prompts, prompt, completion, num_generations)
+
+
+def main() -> int:
+    """Prints a table for all weights and one for adapters."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to try the benchmark")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--case", type=read_case, help="PROMPTS,P,R,G; 2,128,64,8 unless given")
+    parser.add_argument("--only", default="", help="settings whose name has this in it")
+    args = parser.parse_args()
+    case = args.case or (Case(2, 48, 8, 8) if args.quick else Case(2, 128, 64, 8))
+    chosen = [x for x in settings_of(case.num_generations) if args.only in x.name]
+    if not chosen:
+        names = ", ".join(x.name for x in settings_of(case.num_generations))
+        parser.error(f"--only {args.only!r} is in no name; there are {names}")
+    rows = []
+    for with_lora in (False, True):
+        settings = [x for x in chosen if ("lora" in x.options) is with_lora]
+        if settings:
+            found = measure(case, settings, quick=args.quick)
+            report(found)
+            rows += found
+            write_json(args.json, rows)
     return exit_status(rows)
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from compare import exit_status
-from measure import Timing, in_fresh_process, peak_on_cpu
+from measure import Timing, in_fresh_process, peak_on_cpu, quantiles
 from rows import OURS, Row, environment, print_table, write_json
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -304,7 +304,8 @@ def measure(case: Case, quick: bool) -> list[Row]:
         found = [
             row_of(
                 f"{part} {case}", name, errors[name], peaks[name] if part == "update" else None,
-                timing_of([seconds[index] for seconds in times[name]]), where, flops=done[name],
+                quantiles([1000 * seconds[index] for seconds in times[name]]), where,
+                flops=done[name],
             )
             for name in STATES
         ]  # fmt: skip
@@ -314,13 +315,6 @@ def measure(case: Case, quick: bool) -> list[Row]:
         sys.stdout.flush()
         rows += found
     return rows
-
-
-def timing_of(seconds: list[float]) -> Timing:
-    """Quantiles in milliseconds."""
-    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    values = 1000 * torch.tensor(seconds, dtype=torch.float64)
-    return Timing(*values.quantile(levels).tolist())
 
 
 def row_of(
