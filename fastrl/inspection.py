@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ def save_batch(directory: Path, trainer: Trainer) -> Path:
     """Write the completions of the last step that was trained on; returns where to.
 
     batch.safetensors has token ids and log-probabilities, one completion after the other, with
-    lengths and rewards; completions.jsonl has the same in words.
+    lengths and rewards; completions.jsonl has the same in words. A score that is not finite is
+    infinite in its part, and in no total.
     """
     sampled = trainer.last_sampled
     assert sampled is not None, "no step has sampled anything yet"
@@ -30,6 +32,7 @@ def save_batch(directory: Path, trainer: Trainer) -> Path:
         "completion_lengths": rollouts.lengths,
         "finished": rollouts.finished,
         "rewards": rewards.total,
+        **{f"rewards/{name}": part for name, part in rewards.parts.items()},
     }
     if rollouts.rollout_logps is not None:
         tensors["rollout_logps"] = torch.cat(rollouts.rollout_logps)
@@ -42,7 +45,15 @@ def save_batch(directory: Path, trainer: Trainer) -> Path:
                 "prompt": prompts.examples[b // G].prompt,
                 "completion": text,
                 "reward": float(rewards.total[b]),
+                "rewards": {name: _said(float(part[b])) for name, part in rewards.parts.items()},
                 "finished": bool(rollouts.finished[b]),
             }
             file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     return target
+
+
+def _said(score: float) -> float | str | None:
+    """JSON has no NaN and no infinity."""
+    if math.isinf(score):
+        return "not finite"
+    return None if math.isnan(score) else score

@@ -14,6 +14,7 @@ from fastrl.errors import InputError, NotFiniteError
 from fastrl.integrations.schedules import make_schedule
 from fastrl.optim import Stepper, make_optimizer, parameter_groups, scale_learning_rate
 from fastrl.policy import Policy
+from fastrl.rewards.score import NotFiniteReward
 from fastrl.seeding import derive_seed
 
 MAX_SKIPPED = 10
@@ -124,13 +125,14 @@ class Learner:
                 of_values.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def count_skipped(self, error: NotFiniteError) -> None:
+    def count_skipped(self, error: NotFiniteError | NotFiniteReward) -> None:
         """Remember that an update was left out; raise NotFiniteError at the last of too many."""
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= MAX_SKIPPED:
+            is_reward = isinstance(error, NotFiniteReward)
             raise NotFiniteError(
-                f"{self.skipped_in_a_row} updates in a row were not finite ({error}); lower the "
-                "learning rate"
+                f"{self.skipped_in_a_row} updates in a row were not finite ({error}); "
+                f"{'mend the reward' if is_reward else 'lower the learning rate'}"
             ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -52,7 +53,7 @@ class RunLog:
                 "prompt": example.prompt,
                 "completion": texts[row],
                 "answer": example.answer,
-                "reward": float(rewards.total[row]),
+                "reward": _number(rewards.total[row]) if rewards.is_finite[row] else None,
                 "rewards": {name: _number(part[row]) for name, part in rewards.parts.items()},
                 "finished": bool(rollouts.finished[row]),
             }
@@ -144,9 +145,9 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def _number(value: Any) -> float | None:
-    """JSON has no NaN: a value that does not exist is null."""
+    """JSON has no NaN and no infinity: a value that does not exist is null."""
     number = float(value)
-    return number if number == number else None
+    return number if math.isfinite(number) else None
 
 
 def _open_truncated(path: Path, step: int) -> Any:

@@ -236,6 +236,7 @@ class Run:
             prompts=trainer.sampler.stream.state_dict(),
         )
         self._note(step + 1, output.sampled.shortage)
+        self._say([] if output.problem is None else [f"step {step + 1}: {output.problem}"])
         output.metrics["num_tokens"] = float(self.state.num_tokens)
         self.log.step(step + 1, output)
         self.progress.step(step + 1, output.metrics)

@@ -38,6 +38,7 @@ from fastrl.policy import Policy
 from fastrl.prompt_stream import PromptStream
 from fastrl.replay import Recorded, Recorder, Replay
 from fastrl.rewards import Scorer
+from fastrl.rewards.score import NotFiniteReward, checked
 from fastrl.rollout import Sampling, make_engine
 from fastrl.rollout_check import check_engine
 from fastrl.sampler import Generated, Sampled, Scored, generate_while_scoring, sample_until_full
@@ -91,6 +92,8 @@ class SamplingStage:
         """What scoring the last step met, summed over its rounds."""
         self.greedy_rewards: Tensor | None = None
         """Of the prompts of the last round, where the method asks for them."""
+        self.not_finite: NotFiniteReward | None = None
+        """What is wrong with the rewards of the last step, where nothing is learned from them."""
         self.turns: list[Turn] = []
         """Of conversations in the last step: the turns that were drawn."""
 
@@ -124,7 +127,7 @@ class SamplingStage:
         are sampled in place of the rest. None: all are.
         """
         self.recorded, self.reward_metrics, self.turns = [], {}, []
-        self.greedy_rewards = None
+        self.greedy_rewards = self.not_finite = None
         if self.values is not None and not self.values.is_ready:
             self.values.prepare()
             watch.lap("values")
@@ -140,7 +143,7 @@ class SamplingStage:
         if self.recorder is not None:
             self.recorder.write(step, self.recorded)
         self.reward_metrics |= turn_metrics(self.turns)
-        if self.values is not None and not sampled.is_empty:
+        if self.values is not None and not sampled.is_empty and self.not_finite is None:
             self.reward_metrics |= self.values.metrics(sampled.trained.rollouts.prompts)
         return sampled
 
@@ -234,24 +237,41 @@ class SamplingStage:
         """Texts and rewards of completions that have ended; solved prompts are counted."""
         if texts is None:
             texts = decode_completions(rollouts.completion_ids, self.policy.tokenizer)
-        if self.replay is not None:
-            rewards = self.replay.rewards(step, number, texts)
-        else:
-            ended = Generated(rollouts, texts)
-            if self.draws_turn:
-                ended = roll_out(ended, self._answers("after", step, number))
-                watch.lap("rollout")
-            rewards = self.scorer.score(*ended)
-            for name, value in self.scorer.metrics.items():
-                self.reward_metrics[name] = self.reward_metrics.get(name, 0.0) + value
+        try:
+            rewards = self._rewards(Generated(rollouts, texts), step, number, watch)
+        except NotFiniteReward as error:
+            self.not_finite, rewards = error, error.rewards
         watch.lap("score")
-        passed = rewards.total >= self.config.eval.pass_threshold
-        self.stream.record(rollouts.prompts.examples, passed.view(len(rollouts.prompts), -1))
         scored = Scored(rollouts, texts, rewards)
-        if self.values is not None:
-            self.values.observe(scored, step)
-            watch.lap("values")
+        if self.not_finite is None:  # nobody learns anything from a step that is lost
+            self._observe(scored, step, watch)
         return scored
+
+    def _rewards(
+        self, completions: Generated, step: int, number: int, watch: PhaseClock
+    ) -> Rewards:
+        """Of a round, counted in the metrics; NotFiniteReward where one is not finite."""
+        if self.replay is not None:
+            return checked(self.replay.rewards(step, number, completions.texts))
+        if self.draws_turn:
+            completions = roll_out(completions, self._answers("after", step, number))
+            watch.lap("rollout")
+        rewards = self.scorer.score(*completions)
+        for name, value in self.scorer.metrics.items():
+            self.reward_metrics[name] = self.reward_metrics.get(name, 0.0) + value
+        return rewards
+
+    def _observe(self, scored: Scored, step: int, watch: PhaseClock) -> None:
+        """Remember of prompts what their rewards say."""
+        prompts = scored.rollouts.prompts
+        passed = scored.rewards.total >= self.config.eval.pass_threshold
+        self.stream.record(prompts.examples, passed.view(len(prompts), -1))
+        if self.values is not None:
+            try:
+                self.values.observe(scored, step)
+            except NotFiniteReward as error:
+                self.not_finite = error
+            watch.lap("values")
 
     def _next_prompts(self, num_prompts: int) -> tuple[Prompts, tuple[int, ...]]:
         """The next prompts and their indices among the task's training examples."""

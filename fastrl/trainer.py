@@ -40,6 +40,7 @@ from fastrl.phases import start_inputs, with_sampler_logps
 from fastrl.policy import Policy
 from fastrl.reference import Reference
 from fastrl.rewards import Scorer
+from fastrl.rewards.score import NotFiniteReward
 from fastrl.sampler import Sampled, Scored
 from fastrl.sampling_stage import SamplingStage
 from fastrl.savings import down_sampling_metrics, row_flops
@@ -58,6 +59,7 @@ class StepOutput:
 
     metrics: StepMetrics
     sampled: Sampled
+    problem: str | None = None  # why nothing was learned, where rewards are not finite
 
     @property
     def num_tokens(self) -> int:
@@ -121,6 +123,8 @@ class Trainer:
         self.last_sampled = sampled
         if sampled.is_empty:
             return StepOutput(self.skipped_metrics(step, sampled, watch), sampled)
+        if self.sampler.not_finite is not None:
+            return self._without_rewards(step, sampled, self.sampler.not_finite, watch)
         rollouts = sampled.trained.rollouts
         self.reward_scale = self.adaptation.see(sampled.trained.rewards.total)
         inputs = self.inputs(rollouts, sampled.trained.rewards, step)
@@ -135,6 +139,16 @@ class Trainer:
         self.method = self.adaptation.update(self.method, metrics, num_completions)
         return StepOutput(metrics, sampled)
 
+    def _without_rewards(
+        self, step: int, sampled: Sampled, error: NotFiniteReward, watch: PhaseClock
+    ) -> StepOutput:
+        """A step that learns nothing, as one whose gradient is not finite; too many end the run."""
+        self.learner.count_skipped(error)
+        self._move_reference(step)
+        metrics = self.skipped_metrics(step, sampled, watch)
+        metrics |= {"skipped/non_finite": 1.0, "rewards/non_finite": float(error.num_scores)}
+        return StepOutput(metrics, sampled, f"{error}; the step is left out")
+
     def _move_reference(self, step: int) -> None:
         """Let the reference follow the policy, where the method says so and when."""
         choice = self.method.reference_update
@@ -148,6 +162,8 @@ class Trainer:
         """P prompts with scored completions, others for those that the selection leaves out."""
 
         def keeps(new: Scored) -> Tensor:
+            if self.sampler.not_finite is not None:  # the step is lost: sample no more for it
+                return torch.ones(len(new.rollouts.prompts), dtype=torch.bool)
             return kept_prompts(self.method, self.inputs(new.rollouts, new.rewards, step))
 
         is_dynamic = self.method.dynamic_sampling
@@ -249,6 +265,7 @@ class Trainer:
             **kl_metrics(update.passes),
             **value_metrics(update.values),
             "skipped/non_finite": float(update.num_skipped),
+            "rewards/non_finite": 0.0,
             **(update.sampler_gap or {}),
             **speed_metrics(watch, rollouts, update.passes),
             **(sampled.carried or {}),
@@ -261,6 +278,7 @@ class Trainer:
             "grad_norm": 0.0,
             "learning_rate": self.updater.set_learning_rates(self.method, step),
             **self.sampler.stream.metrics,
+            **self.sampler.reward_metrics,
             **watch.metrics,
             **(sampled.carried or {}),
         }

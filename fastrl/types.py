@@ -104,7 +104,8 @@ class Rewards:
     """The score of every completion: the weighted total and the parts it was made of."""
 
     total: Tensor  # (B,) fp32
-    parts: Mapping[str, Tensor]  # name -> (B,) fp32, NaN where a reward did not apply
+    # name -> (B,) fp32, NaN where a reward did not apply, inf where its score was not finite
+    parts: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
         _require(self.total.dim() == 1, f"total must be (B,), got {tuple(self.total.shape)}")
@@ -114,6 +115,14 @@ class Rewards:
                 part.shape == self.total.shape,
                 f"reward {name!r} must be {tuple(self.total.shape)}, got {tuple(part.shape)}",
             )
+
+    @property
+    def is_finite(self) -> Tensor:
+        """(B,) bool: whether all that is known of a completion is in its total."""
+        found = torch.ones_like(self.total, dtype=torch.bool)
+        for part in self.parts.values():
+            found &= ~part.isinf()
+        return found
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from fastrl.errors import InputError, nearest
 from fastrl.example import Example
 from fastrl.tasks.prompt import prompt_start
@@ -24,8 +22,6 @@ RewardFunction = Callable[
     [Sequence[Example], Sequence[str], Sequence[list[int]]], list[float | None]
 ]
 """(examples, texts, completion_ids), one of each per completion -> one score each, or None."""
-
-LARGEST = float(np.finfo(np.float32).max)
 
 
 def function_reward(spec: str) -> RewardFunction:
@@ -186,18 +182,20 @@ def _checked_scores(output: Any, examples: Sequence[Example], spec: str) -> list
             f"{prompt_start(examples[0].prompt)}"
         )
     for value, example in zip(values, examples, strict=True):
-        if value is None:
-            continue
-        if not isinstance(value, Real) or not _is_finite(value):
+        if value is not None and not isinstance(value, Real):
             raise InputError(
                 f"the reward {spec!r} must return finite numbers or None, got {_short(value)} for "
                 f"the prompt {prompt_start(example.prompt)}"
             )
-    return [None if value is None else float(value) for value in values]
+    return [None if value is None else _as_float(value) for value in values]
 
 
-def _is_finite(value: Any) -> bool:
-    return math.isfinite(value) and abs(value) <= LARGEST
+def _as_float(value: Any) -> float:
+    """Also one that is not finite, which costs the step and not the run."""
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return math.copysign(math.inf, value)
 
 
 def _short(value: Any) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
+import torch
 
 from fastrl.errors import InputError
+from fastrl.rewards import Reward, score_completions
 from fastrl.rewards.function import function_reward
-from fastrl.types import Example
+from fastrl.rewards.score import NotFiniteReward
+from fastrl.types import Example, Prompts, Rollouts
 
 SOURCE = """
 import asyncio
@@ -169,9 +173,6 @@ def test_modules_in_the_current_directory_are_found(tmp_path, monkeypatch):
         ("short", "must return one score per completion, 2, got 1 in a batch that begins with"),
         ("scalar", "must return a list with one number or None per completion, got float for"),
         ("text", "must return finite numbers or None, got 'good' for the prompt 'second prompt"),
-        ("nan", r"finite numbers or None, got nan for the prompt 'second .{40,60}\.\.\.'$"),
-        ("infinite", "finite numbers or None, got inf for the prompt 'second"),
-        ("huge", r"finite numbers or None, got 1e\+39 for the prompt 'second"),
         ("needs_column", "needs 'difficulty', which no column provides; known: answer, completion"),
         ("by_position", "takes 'completions' by position only"),
     ],
@@ -181,6 +182,24 @@ def test_bad_functions_are_named(source, name, message):
         score(source, name)
     assert f"my_rewards.py:{name}'" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("nan", "nan"), ("infinite", "inf"), ("huge", r"1e\+39")]
+)
+def test_numbers_that_are_not_finite_cost_the_step_and_not_the_run(source, name, shown):
+    """The function may return them; the total of the batch refuses them, by name."""
+    assert score(source, name)[0] == 1.0
+    rewards = (Reward(name, 1.0, function_reward(f"{source}:{name}")),)
+    prompts = Prompts((torch.tensor([1]),) * 2, tuple(EXAMPLES))
+    ids = (torch.tensor([0]),) * 2
+    rollouts = Rollouts(prompts, ids, None, torch.ones(2, dtype=torch.bool))
+    message = rf"^the reward '{name}' gave {shown} for a .* prompt 'second .{{40,60}}\.\.\.'$"
+    with pytest.raises(NotFiniteReward, match=message) as caught:
+        score_completions(rollouts, ["one", "three"], rewards)
+    assert caught.value.rewards.total.tolist() == [1.0, 0.0]
+    assert caught.value.rewards.parts[name].tolist() == [1.0, math.inf]
+    assert caught.value.num_scores == 1
 
 
 def test_a_crash_keeps_its_cause(source):
