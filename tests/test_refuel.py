@@ -14,6 +14,7 @@ from fastrl.config import (
     DataConfig,
     EvalConfig,
     ModelConfig,
+    OptimConfig,
     RolloutConfig,
     SaveConfig,
     WarmStartConfig,
@@ -320,3 +321,23 @@ def test_the_turns_are_in_the_logs(config, tmp_path):
     for row in rows:
         assert 1 <= row["conversations/turn"] <= row["conversations/num_turns"] <= 3
         assert row["grad_norm"] > 0
+
+
+def test_it_learns(config, tmp_path):
+    """Letters in all answers of a conversation: more of them, though a step trains one turn."""
+    (tmp_path / "letters.py").write_text(
+        "def letters(prompts, completions):\n"
+        "    found = []\n"
+        "    for prompt, completion in zip(prompts, completions, strict=True):\n"
+        "        said = [m['content'] for m in [*prompt, *completion][1::2]]\n"
+        "        shares = [sum(map(str.isalpha, x)) / max(len(x), 1) for x in said]\n"
+        "        found.append(sum(shares) / len(shares))\n"
+        "    return found\n"
+    )
+    config = dataclasses.replace(
+        config, rewards=(f"{tmp_path / 'letters.py'}:letters",), max_steps=24, prompts_per_step=16,
+        optim=OptimConfig(learning_rate=5e-3), eval=EvalConfig(num_samples=8),
+    )  # fmt: skip
+    train(config)
+    found = [row["eval_reward"] for row in read_metrics(tmp_path / "run") if "eval_reward" in row]
+    assert found[-1] > found[0] + 0.3, found

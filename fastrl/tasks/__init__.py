@@ -108,7 +108,7 @@ def list_tasks() -> list[TaskSummary]:
     ]
     return [
         *summaries,
-        TaskSummary("jsonl:PATH", "one object a line: prompt or messages, answer"),
+        TaskSummary("jsonl:PATH", "one object a line: prompt, messages or turns; answer"),
         TaskSummary("mixture", "tasks=[{task, weight, task_args, ...}, ...]"),
     ]
 
