@@ -199,7 +199,7 @@ def draw_roofs(data: Any, axes: Any) -> None:
                 axes.plot(xs, ys, marker, color=COLORS[ours], label=label, linestyle="none")
     axes.set(
         xscale="log", yscale="log", xlabel="operations a byte that has to move",
-        ylabel="TFLOP/s", title="what nothing can do without, over the time taken",
+        ylabel="TFLOP/s", title="operations that are needed, over the time taken",
     )  # fmt: skip
     axes.legend(fontsize=7)
 

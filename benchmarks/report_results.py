@@ -18,7 +18,7 @@ import report_rows
 from committed import COMPILED, CPU, RESULTS, ROOT, devices, read, rows_of
 from goal_table import counts
 from goal_table import table as goal_table
-from pictures import pictures, refresh
+from pictures import digest, drawn_from, pictures, refresh, stamp
 
 PAGE = ROOT / "docs" / "results.md"
 
@@ -178,9 +178,20 @@ def section(path: Path) -> str:
     return f"{heading}\n\n{body.strip()}"
 
 
+def refresh_study() -> None:
+    """Draw the study's picture anew where its runs have changed."""
+    study = importlib.import_module("report_study")
+    results = read(study.RESULTS)
+    if drawn_from(study.FIGURE) != digest(results):
+        study.draw(results)
+        stamp(study.FIGURE, study.FIGURE, results)
+        print(f"drew {study.FIGURE.name}")
+
+
 def main() -> None:
     """Rewrite all that is made from results."""
     PAGE.write_text(page(), encoding="utf-8")
+    refresh_study()
     for name in refresh():
         print(f"drew {name}.png")
     report_rows.main()

@@ -24,7 +24,7 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 SECTION = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
-NUMBER = re.compile(r"(<!-- measured:(\w+) -->)([\d.e-]*\d[x%]?|\?)")
+NUMBER = re.compile(r"(<!-- measured:(\w+) -->)\d[\d.]*(?:e-?\d+)?(?:[x%]| (?:ms|MiB|bytes)\b)?")
 NAMES = ("python", "torch", "transformers", "trl")
 
 

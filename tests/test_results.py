@@ -80,9 +80,12 @@ def test_pictures_are_drawn_from_what_is_committed(picture, tmp_path):
     assert pictures.drawn_from(tmp_path / path.name) == pictures.digest(data)
 
 
-def test_the_curve_of_the_demo_stands_beside_its_results():
-    results = json.loads((RESULTS / CPU / "demo.json").read_text(encoding="utf-8"))
-    assert pictures.drawn_from(pictures.FOLDER / "demo_curve.png") == pictures.digest(results)
+@pytest.mark.parametrize(
+    ("picture", "file"), [("demo_curve.png", "demo.json"), ("d3s_study.png", "d3s_study.json")]
+)
+def test_pictures_of_runs_stand_beside_their_results(picture, file):
+    results = json.loads((RESULTS / CPU / file).read_text(encoding="utf-8"))
+    assert pictures.drawn_from(pictures.FOLDER / picture) == pictures.digest(results)
 
 
 def test_curves_of_methods_are_means_over_seeds(tmp_path):
@@ -212,6 +215,8 @@ def test_a_number_in_a_document_is_written_from_the_results():
     assert (
         report_rows.filled(text) == f"takes <!-- measured:update_time -->{value:.2f}x of the time"
     )
+    mark, value = "a plan takes <!-- measured:plans -->", measured("plans", CPU).value
+    assert report_rows.filled(f"{mark}1.23 ms at most") == f"{mark}{value:.3g} ms at most"
     with pytest.raises(ValueError, match="no quantity 'nonsense'"):
         report_rows.filled("<!-- measured:nonsense -->1x")
 
