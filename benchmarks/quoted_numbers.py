@@ -12,7 +12,7 @@ import re
 
 MADE = (  # made from results, with machine and command inside
     r"<!-- results:\w+ -->.*?<!-- end of results -->",
-    r"<!-- (demo|study):begin -->.*?<!-- (demo|study):end -->",
+    r"<!-- (demo|study|heads):begin -->.*?<!-- (demo|study|heads):end -->",
 )
 CODE = (r"```.*?```", r"`[^`\n]*`", r"\]\([^)]*\)", r"https?://\S+")
 HELD = re.compile(r"<!-- test:([\w/.]+)::(\w+) -->")

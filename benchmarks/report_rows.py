@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import report_heads
 from committed import CPU, OURS, RESULTS, ROOT, Row, read, rows_of
 from goal_table import measured
 from measures import shown
@@ -25,6 +26,7 @@ DOCUMENTS = [
 ]
 SECTION = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 NUMBER = re.compile(r"(<!-- measured:(\w+) -->)\d[\d.]*(?:e-?\d+)?(?:[x%]| (?:ms|MiB|bytes)\b)?")
+HEADS = re.compile(r"(<!-- heads:begin -->\n).*?(<!-- heads:end -->)", re.DOTALL)
 NAMES = ("python", "torch", "transformers", "trl")
 
 
@@ -124,6 +126,8 @@ def number(name: str) -> str:
 def filled(text: str) -> str:
     """The document with its sections and numbers as the results are now."""
     text = SECTION.sub(lambda found: found[1] + render(found[2]) + found[3], text)
+    heads = report_heads.render(read(RESULTS / CPU / "policy_loss.json"))
+    text = HEADS.sub(lambda found: found[1] + heads + found[2], text)
     return NUMBER.sub(lambda found: found[1] + number(found[2]), text)
 
 

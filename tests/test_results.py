@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import pictures
+import report_heads
 import report_results
 import report_rows
 from committed import CPU, RESULTS, ROOT, find
@@ -219,6 +220,14 @@ def test_a_number_in_a_document_is_written_from_the_results():
     assert report_rows.filled(f"{mark}1.23 ms at most") == f"{mark}{value:.3g} ms at most"
     with pytest.raises(ValueError, match="no quantity 'nonsense'"):
         report_rows.filled("<!-- measured:nonsense -->1x")
+
+
+def test_the_table_of_the_kernels_is_made_from_its_rows():
+    rows = json.loads((RESULTS / CPU / "policy_loss.json").read_text(encoding="utf-8"))
+    shown = report_heads.render(rows)
+    assert shown in (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    between = f"<!-- heads:begin -->\n{shown}<!-- heads:end -->"
+    assert report_rows.filled("<!-- heads:begin -->\nold\n<!-- heads:end -->") == between
 
 
 def test_a_result_without_rows_or_renderer_is_refused(tmp_path):
