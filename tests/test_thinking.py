@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,17 @@ import torch
 
 from fastrl.assembly import build_trainer
 from fastrl.carried import begun
-from fastrl.config import Config
+from fastrl.config import Config, ObjectiveConfig
 from fastrl.down_sampling import weights_before_packing
 from fastrl.errors import InputError
 from fastrl.loss import token_statistics
 from fastrl.methods import METHODS, resolve_method
 from fastrl.methods.inputs import StepInputs
+from fastrl.methods.needs import requirements
+from fastrl.methods.record import use
 from fastrl.packing import pack_rollouts
 from fastrl.phase_clock import PhaseClock
+from fastrl.reference import make_reference
 from fastrl.replay import Replay
 from fastrl.rollout import Sampling, make_engine
 from fastrl.rollout.continuous_batching import ContinuousBatchingEngine
@@ -33,12 +37,14 @@ from fastrl.token_weights import high_entropy
 from fastrl.types import Prompts, Rollouts
 from tests.helpers import tiny_policy
 from tests.helpers_engines import generator, prompts_of, same_completions, worst_gap
+from tests.helpers_methods import SIZES
 from tests.test_dynamic_sampling import assert_same_end, killed_after, steps_of
 from tests.test_native import many_ends
 from tests.test_scalerl import scalerl_config
 
 LIMIT = ThinkingLimit(3, 9, "Stop. </think>", "</think>")
 G, C = 6, 40
+HELPERS = Path(__file__).parent / "helpers.py"
 LENGTHS = [5, 1, 9, 9]
 
 
@@ -364,7 +370,66 @@ def test_a_run_with_such_an_engine_is_refused_before_it_begins(tmp_path):
 
 
 def test_parameters_of_the_method_are_overridden_by_name():
-    from fastrl.config import ObjectiveConfig
-
     method = resolve_method("scalerl", ObjectiveConfig(parameters=THINKS))
     assert thinking_limit(method) == (2, 5, "</think>", "</think>")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gspo", {}),
+        ("entropy_top20", {}),
+        ("d3s", {}),
+        ("dpo", {}),
+        ("ppo", {"reward_shaping": None}),
+        ("vapo", {}),
+        ("spo_single_stream", {}),
+    ],
+)
+def test_methods_of_every_kind_learn_from_what_was_drawn(tmp_path, monkeypatch, name, changes):
+    """Of sequences, of recorded and of measured scores, of pairs, with value models and rates."""
+    method = dataclasses.replace(
+        METHODS[name], name="ended", thinking=use("forced_end", **THINKS), **changes
+    )
+    monkeypatch.setitem(METHODS, "ended", method)
+    config = run_config(tmp_path / "run", method="ended", num_iterations=2)
+    config = dataclasses.replace(
+        config, rewards=(f"{HELPERS}:checksum",), objective={"parameters": SIZES.get(name, {})},
+        num_mini_batches=2,
+    )  # fmt: skip
+    trainer = build_trainer(config)
+    if "ref_logps" in requirements(trainer.method):
+        trainer.reference = make_reference(trainer.policy, "copy", moves=False)
+    seen = []
+    update = trainer.updater.update
+
+    def watched(packed, step, **options):
+        seen.extend(item.batch for part in packed.parts for item in part.passes)
+        return update(packed, step, **options)
+
+    trainer.updater.update = watched
+    output = trainer.train_step(0)
+    rollouts = output.sampled.trained.rollouts
+    assert output.metrics["completions/forced_end_ratio"] > 0
+    assert output.metrics["grad_norm"] > 0
+    assert all(math.isfinite(value) for value in output.metrics.values())
+    trained: dict[int, list[int]] = {}
+    for batch in seen:
+        owners, targets = batch.completion_index.tolist(), batch.target_ids.tolist()
+        for row, token in zip(owners, targets, strict=True):
+            trained.setdefault(row, []).append(token)
+    assert trained
+    for row, tokens in trained.items():
+        drawn = rollouts.completion_ids[row][rollouts.sampled[row]].tolist()
+        assert tokens == drawn or name in ("entropy_top20", "d3s")
+        assert len(tokens) <= len(drawn)
+
+
+def test_one_completion_a_prompt_has_no_spread_to_be_zero(tmp_path):
+    config = run_config(tmp_path / "run", method="spo_single_stream", objective={})
+    rollout = dataclasses.replace(config.rollout, num_generations=1)
+    metrics = build_trainer(dataclasses.replace(config, rollout=rollout)).train_step(0).metrics
+    assert "frac_reward_zero_std" not in metrics
+    assert metrics["reward_std"] == 0
+    metrics = build_trainer(config).train_step(0).metrics
+    assert 0 <= metrics["frac_reward_zero_std"] <= 1
