@@ -82,14 +82,25 @@ def make_cases(quick: bool) -> list[Case]:
     return [*cases, Case(2, 256, 256, 8, is_ragged=True), Case(8, 256, 128, 1), Case(32, 64, 32, 1)]
 
 
-def build_model(quick: bool, dtype: torch.dtype) -> Any:
-    """The same random weights in every process and dtype."""
-    sizes = (64, 2, 192, 2000) if quick else (512, 8, 1536, 32000)
-    hidden, layers, intermediate, vocabulary = sizes
+class Sizes(NamedTuple):
+    """Of a model."""
+
+    hidden: int
+    num_layers: int
+    intermediate: int
+    vocabulary: int
+
+
+TINY, USUAL = Sizes(64, 2, 192, 2000), Sizes(512, 8, 1536, 32000)
+
+
+def build_model(quick: bool, dtype: torch.dtype, sizes: Sizes | None = None) -> Any:
+    """The same random weights in every process and dtype; sizes: other than the usual ones."""
+    hidden, layers, intermediate, vocabulary = sizes or (TINY if quick else USUAL)
     config = Qwen3Config(
         hidden_size=hidden, num_hidden_layers=layers, intermediate_size=intermediate,
         num_attention_heads=hidden // 64, num_key_value_heads=max(hidden // 128, 1), head_dim=64,
-        vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=4096,
+        vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=65536,
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")

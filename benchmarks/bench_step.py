@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from compare import exit_status
 from measure import quantiles
 from rows import OURS, Row, environment, print_table, write_json
+from updates import liger_absence
 
 from fastrl.assembly import build_trainer
 from fastrl.config import Config
@@ -169,6 +170,7 @@ def main() -> int:
     if args.quick:
         few = dataclasses.replace(config.warm_start, steps=20)
         config = dataclasses.replace(config, warm_start=few, prompts_per_step=8)
+    print(liger_absence())
     rows = measure(config, 4 if args.quick else args.steps, 1 if args.quick else args.rounds)
     print_table(rows)
     if len(rows) > 1 and rows[0].p50_ms and rows[1].p50_ms:

@@ -24,7 +24,7 @@ from bench_shared_prefix import Case
 from compare import exit_status
 from measure import in_fresh_process, quantiles
 from rows import OURS, Row, environment, print_table, write_json
-from updates import Plan, Run, run_ours, run_trl
+from updates import Plan, Run, liger_absence, run_ours, run_trl
 
 TOLERANCE = 1e-5  # of losses, relative to the largest
 CURVE = Plan(Case(2, 96, 48, 4, is_ragged=True), num_steps=5, num_iterations=2, quick=False)
@@ -105,6 +105,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     args = parser.parse_args()
     correct, rows = losses_agree(args.quick), []
+    print(liger_absence())
     for case, contenders in cases(args.quick):
         if args.only in f"update {case}":
             found = measure(case, contenders, quick=args.quick, correct=correct)

@@ -5,6 +5,7 @@ Legend: P prompt tokens, R completion tokens, G num_generations.
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench_shared_prefix import Case, build_model
+from bench_shared_prefix import Case, Sizes, build_model
 from measure import count_big_blocks, high_water_mark, reset_high_water_mark
 
 from fastrl.assembly import build_trainer
@@ -35,6 +36,17 @@ class Plan(NamedTuple):
     quick: bool
     for_memory: bool = False
     """Blocks of a mebibyte bypass the heap, so that memory can be measured; it costs time."""
+    sizes: Sizes | None = None
+    """Of the model, where it is not the usual one."""
+    one_by_one: bool = False
+    """Train as few completions at a time as the trainer can, for the least memory."""
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """Of our trainer: the usual number, or what one completion with its prompt takes."""
+        context = self.case.prompt_length + self.case.completion_length
+        # A row at the head counts as a part of a token, of these models a fifth at most.
+        return context + self.case.completion_length // 4 + 1 if self.one_by_one else 4096
 
 
 class Batch(NamedTuple):
@@ -75,10 +87,10 @@ def batches(plan: Plan, vocabulary: int) -> list[Batch]:
     return found
 
 
-def save_model(directory: str, quick: bool) -> None:
+def save_model(directory: str, quick: bool, sizes: Sizes | None = None) -> None:
     """The model with a tokenizer, as a directory that both trainers load."""
     tokenizer = train_tokenizer(["1 + 2 = 3"], vocab_size=300)
-    model = build_model(quick, torch.float32)
+    model = build_model(quick, torch.float32, sizes)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     Policy(model, tokenizer).save(Path(directory))
@@ -90,13 +102,14 @@ def run_ours(plan: Plan, overrides: dict[str, Any]) -> Run:
         count_big_blocks()
     case = plan.case
     with tempfile.TemporaryDirectory() as directory:
-        save_model(directory, plan.quick)
+        save_model(directory, plan.quick, plan.sizes)
         prompts = Path(directory) / "prompts.jsonl"
         prompts.write_text("".join(f'{{"prompt": "{i}", "answer": "1"}}\n' for i in range(9)))
         config = Config(
             task=f"jsonl:{prompts}", rewards=("exact",), method="grpo", reward_workers=0,
             objective={"aggregation": "token_mean"}, num_iterations=plan.num_iterations,
-            prompts_per_step=case.num_prompts, max_tokens_per_pass=4096, max_steps=plan.num_steps,
+            prompts_per_step=case.num_prompts, max_tokens_per_pass=plan.tokens_per_pass,
+            max_steps=plan.num_steps,
             data=DataConfig(eval_size=1), eval=EvalConfig(num_samples=1),
             model=ModelConfig(path=directory, **overrides),
             rollout=RolloutConfig(
@@ -197,7 +210,7 @@ def run_trl(plan: Plan, overrides: dict[str, Any]) -> Run:
                 peaks.append(high_water_mark() - marks[MEASURED])
 
     with tempfile.TemporaryDirectory() as directory:
-        save_model(directory, plan.quick)
+        save_model(directory, plan.quick, plan.sizes)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         given = iter(batches(plan, model.config.vocab_size))
         size = case.num_prompts * case.num_generations
@@ -208,10 +221,12 @@ def run_trl(plan: Plan, overrides: dict[str, Any]) -> Run:
             return {"prompt_ids": repeated, "completion_ids": batch.completions,
                     "logprobs": None, "given": batch.rewards}  # fmt: skip
 
+        at_once = 1 if plan.one_by_one else size
         settings = {
             "output_dir": directory, "use_cpu": True, "bf16": False, "report_to": [],
-            "save_strategy": "no", "per_device_train_batch_size": size,
-            "num_generations": case.num_generations, "steps_per_generation": 1,
+            "save_strategy": "no", "per_device_train_batch_size": at_once,
+            "gradient_accumulation_steps": size // at_once,
+            "num_generations": case.num_generations, "steps_per_generation": size // at_once,
             "max_completion_length": case.completion_length, "num_iterations": per_step,
             "max_steps": plan.num_steps * per_step, "learning_rate": LEARNING_RATE,
             "lr_scheduler_type": "constant", "beta": 0.0, "loss_type": "dapo", "disable_tqdm": True,
@@ -231,5 +246,16 @@ def run_trl(plan: Plan, overrides: dict[str, Any]) -> Run:
         end - start for start, end in zip(begun, ended[per_step - 1 :: per_step], strict=True)
     ]
     last = slice(per_step - 1, None, per_step)
+    if plan.one_by_one:  # a loss for each completion
+        losses = [sum(losses[start : start + size]) for start in range(0, len(losses), size)]
     assert len(losses) == len(logged) == plan.num_steps * per_step
     return Run(seconds[1:], peaks[0], losses[last], logged[last])
+
+
+def liger_absence() -> str:
+    """Why TRL with Liger's layers takes no part, in one line."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        reason = "liger-kernel is not installed"
+    else:
+        reason = "needs a GPU, its layers are Triton kernels"
+    return f"TRL GRPOTrainer + Liger layers: absent, {reason}"
