@@ -1,23 +1,19 @@
-"""Pictures of committed results, each with the hash of the numbers that it was drawn from.
-
-A picture is drawn anew only where its numbers have changed; the hash in the file's metadata tells.
+"""Pictures of committed results; one is drawn anew only where its numbers have changed.
 
 P prompt tokens, R completion tokens, G completions of a prompt.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from committed import CPU, RESULTS, ROOT, Row, devices, is_measured, is_ours, read, rows_of
+from stamps import KEY, digest, drawn_from
 
 FOLDER = ROOT / "docs"
-KEY = "Data"  # of the metadata
 SHARED, PADDED, SINGLE = "fastrl shared prefix", "padded rows", "one row per sequence"
 COLORS = {True: "tab:blue", False: "tab:gray"}  # ours or not
 
@@ -134,6 +130,37 @@ def draw_frontier(data: Any, axes: Any) -> None:
     axes.legend(fontsize=8)
 
 
+def scaling(results: Path) -> list[dict[str, Any]] | None:
+    """By size: time and memory of an update, as multiples of those at the smallest."""
+    rows = rows_in(results / CPU / "scaling.json")
+    axes: dict[str, list[tuple[int, Row]]] = {}
+    for row in rows:
+        name, value = re.fullmatch(r"scaling (\w+)=(\d+)", row["case"]).groups()  # type: ignore
+        axes.setdefault(name, []).append((int(value), row))
+    found = []
+    for name, of in axes.items():
+        first, base = min(of, key=lambda pair: pair[0])
+        line: dict[str, Any] = {"name": name, "sizes": [value / first for value, _ in of]}
+        for key, column in (("time", "p50_ms"), ("memory", "peak_bytes")):
+            line[key] = [row[column] / base[column] for _, row in of]
+        found.append(line)
+    return found or None
+
+
+def draw_scaling(data: Any, axes: Any) -> None:
+    """Time in full lines, memory dashed; the thin line is proportional."""
+    for index, line in enumerate(data):
+        axes.plot(line["sizes"], line["time"], "o-", color=f"C{index}", label=line["name"])
+        axes.plot(line["sizes"], line["memory"], "s--", color=f"C{index}", markersize=4)
+    most = max(max(line["sizes"]) for line in data)
+    axes.plot([1, most], [1, most], color="black", linewidth=0.6)
+    axes.set(
+        xscale="log", yscale="log", xlabel="times the smallest size",
+        ylabel="times that of the smallest", title="an update: time, and memory (dashed)",
+    )  # fmt: skip
+    axes.legend(fontsize=8)
+
+
 def learning(results: Path) -> list[dict[str, Any]] | None:
     """By method of headlines.json: mean pass@1 over the seeds, and the samples it took."""
     path = results / CPU / "headlines.json"
@@ -211,47 +238,14 @@ def pictures(results: Path = RESULTS) -> list[Picture]:
                 "the first two cases share nothing", speedups, draw_speedups),
         Picture("memory_by_context", "Peak memory of an update", memories, draw_memories),
         Picture("frontier", "The longest context in a budget of memory", frontier, draw_frontier),
+        Picture("scaling", "Time and memory of an update as sizes grow", scaling, draw_scaling),
+        Picture("headlines", "pass@1 over samples, by method", learning, draw_learning),
     ]  # fmt: skip
-    found.append(Picture("headlines", "pass@1 over samples, by method", learning, draw_learning))
     for folder in (CPU, *devices(results)):
         name = "roofline" if folder == CPU else f"roofline_{folder}"
         caption = f"Roofline, {folder}: rates reached below those of copying and of bare products"
         found.append(Picture(name, caption, roofs(folder), draw_roofs))
     return found
-
-
-def digest(data: Any) -> str:
-    """Of the numbers of a picture, rounded to what can be seen."""
-
-    def rounded(value: Any) -> Any:
-        if isinstance(value, float):
-            return float(f"{value:.4g}")
-        if isinstance(value, dict):
-            return {key: rounded(inner) for key, inner in value.items()}
-        return [rounded(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-    return hashlib.sha256(json.dumps(rounded(data), sort_keys=True).encode()).hexdigest()
-
-
-def drawn_from(path: Path) -> str | None:
-    """The hash in a picture; None where there is no picture."""
-    from PIL import Image
-
-    if not path.exists():
-        return None
-    with Image.open(path) as image:
-        return image.info.get(KEY)
-
-
-def stamp(source: Path, target: Path, data: Any) -> None:
-    """Copy a picture that a run drew, with the hash of the results that it stands beside."""
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    known = PngInfo()
-    known.add_text(KEY, digest(data))
-    with Image.open(source) as image:
-        image.save(target, pnginfo=known)
 
 
 def draw(picture: Picture, data: Any, folder: Path = FOLDER) -> None:

@@ -19,7 +19,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from pictures import stamp
+from stamps import stamp
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "results" / "cpu-2-cores"

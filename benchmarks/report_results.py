@@ -18,7 +18,8 @@ import report_rows
 from committed import COMPILED, CPU, RESULTS, ROOT, devices, read, rows_of
 from goal_table import counts
 from goal_table import table as goal_table
-from pictures import digest, drawn_from, pictures, refresh, stamp
+from pictures import pictures, refresh
+from stamps import digest, drawn_from, stamp
 
 PAGE = ROOT / "docs" / "results.md"
 

@@ -49,6 +49,8 @@ def table(rows: list[Row]) -> str:
         members = [row for row in rows if row["case"] == case]
         ours = (row for row in members if row["implementation"].startswith(OURS))
         base = next((row for row in ours if row.get("correct") and row["p50_ms"]), None)
+        if len(members) == 1:  # nothing to compare with
+            base = None
         for row in members:
             extra = [_extra(row, key) for key in EXTRA if has[key]]
             cells = [row["case"] if row is members[0] else "", row["implementation"]]

@@ -20,6 +20,7 @@ from committed import CPU, RESULTS, ROOT, find
 from goal_table import counts, is_met, line_of, measured, table
 from goals import GOALS
 from quantities import GPU, QUANTITIES
+from stamps import digest, drawn_from
 from suite_cases import gpu_cases
 
 WHERE = {
@@ -76,9 +77,9 @@ def test_pictures_are_drawn_from_what_is_committed(picture, tmp_path):
         assert not path.exists(), f"{path.name} shows what is no longer committed"
         return
     stale = f"{path.name} is stale: run python benchmarks/report_results.py"
-    assert pictures.drawn_from(path) == pictures.digest(data), stale
+    assert drawn_from(path) == digest(data), stale
     pictures.draw(picture, data, tmp_path)
-    assert pictures.drawn_from(tmp_path / path.name) == pictures.digest(data)
+    assert drawn_from(tmp_path / path.name) == digest(data)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_pictures_are_drawn_from_what_is_committed(picture, tmp_path):
 )
 def test_pictures_of_runs_stand_beside_their_results(picture, file):
     results = json.loads((RESULTS / CPU / file).read_text(encoding="utf-8"))
-    assert pictures.drawn_from(pictures.FOLDER / picture) == pictures.digest(results)
+    assert drawn_from(pictures.FOLDER / picture) == digest(results)
 
 
 def test_curves_of_methods_are_means_over_seeds(tmp_path):
@@ -107,6 +108,20 @@ def test_curves_of_methods_are_means_over_seeds(tmp_path):
     assert "headlines" in pictures.refresh(tmp_path, results)
 
 
+def test_scaling_is_relative_to_the_smallest_size(tmp_path):
+    rows = [
+        row(f"scaling {axis}={size}", "fastrl update", float(size * factor), peak_bytes=size)
+        for axis, factor in (("P", 2), ("V", 3)) for size in (10, 20, 40)
+    ]  # fmt: skip
+    results = results_with(tmp_path, CPU, "scaling", rows)
+    found = {picture.name: picture for picture in pictures.pictures(results)}["scaling"]
+    lines = found.data(results)
+    assert [line["name"] for line in lines] == ["P", "V"]
+    assert all(line["time"] == line["memory"] == line["sizes"] == [1, 2, 4] for line in lines)
+    assert "scaling" in pictures.refresh(tmp_path, results)
+    assert "| 20 (20 to 20) |  |" in report_results.page(results)  # alone, so without a ratio
+
+
 def test_a_picture_of_other_numbers_is_stale(tmp_path):
     results = results_with(tmp_path, "x", "none", [])
     picture = next(x for x in pictures.pictures(results) if x.name == "memory_by_context")
@@ -115,10 +130,10 @@ def test_a_picture_of_other_numbers_is_stale(tmp_path):
     rows = json.loads(path.read_text(encoding="utf-8"))
     rows[0]["peak_bytes"] *= 2
     path.write_text(json.dumps(rows), encoding="utf-8")
-    changed = pictures.digest(picture.data(results))
-    assert pictures.drawn_from(tmp_path / "memory_by_context.png") != changed
+    changed = digest(picture.data(results))
+    assert drawn_from(tmp_path / "memory_by_context.png") != changed
     assert "memory_by_context" in pictures.refresh(tmp_path, results)
-    assert pictures.drawn_from(tmp_path / "memory_by_context.png") == changed
+    assert drawn_from(tmp_path / "memory_by_context.png") == changed
     assert pictures.refresh(tmp_path, results) == []
 
 
