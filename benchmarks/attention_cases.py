@@ -19,18 +19,16 @@ from typing import NamedTuple
 import torch
 from cases import Loaders, Prepared
 from implementations import load
+from inputs import log_normal_lengths
 from measure import Step
 from peers import Absent, require_cuda
 from reference import Errors
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q (..., H, K), k and v (..., Hkv, K) -> (..., H, K), where ... is N, or G and P + R."""
-
-SPREAD = 0.6  # of log-normal lengths: the longest of 16 is about 2.5 times the mean
 
 
 @dataclass(frozen=True)
@@ -133,13 +131,6 @@ class Result(NamedTuple):
         first = is_first(self.rows).flatten()
         total[places[first]] = values[first]
         return total[:-1]
-
-
-def log_normal_lengths(mean: int, count: int, spread: float) -> list[int]:
-    """Lengths with this mean before rounding, at least 1; all alike at a spread of 0."""
-    random = torch.Generator().manual_seed(0)
-    weights = torch.randn(count, generator=random).mul(spread).exp()
-    return (weights / weights.mean() * mean).round().long().clamp(min=1).tolist()
 
 
 def is_first(rows: Tensor) -> Tensor:
@@ -341,6 +332,7 @@ def repeated_varlen(device: str, *, group: Group) -> Attention:
 def prefix_grouper(device: str, *, group: Group) -> Attention:
     """The package of that name, around PyTorch's attention."""
     from prefix_grouper import PrefixGrouper
+    from torch.nn.attention.bias import causal_lower_right  # imports the compiler, which is slow
 
     grouper = PrefixGrouper([[group.prompt, *group.completions]], device=device)
 

@@ -1,6 +1,7 @@
 """What a plan takes to build, from lists of token vectors to the tables of the attention kernels.
 
-python benchmarks/bench_plans.py [--quick] [--json PATH] [--device cpu|cuda]
+python benchmarks/bench_plans.py [--quick] [--json PATH] [--csv PATH] [--device cpu|cuda]
+    [--only TEXT ...]
 
 Rows of about 65536 packed tokens. "fastrl, all" is everything a pass needs before its first kernel:
 the plan, its way to the device and the tables of attention for one kind of layer. The other rows
@@ -9,15 +10,16 @@ are its parts, timed alone. Wall clock, the device waited for.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from compare import device_is_there
 from measure import Step, time_interleaved
-from rows import Row, environment, print_table, write_json
+from rows import Row, environment, print_table
+from suite import SuiteCase, make_parser, run_suite
 from torch import Tensor
 
 from fastrl.packing import Plan, pack, pack_segments, pack_tree
@@ -148,32 +150,41 @@ def make_steps(case: Case, device: torch.device) -> dict[str, Step]:
     }
 
 
+def measure(index: int, scale: int, device: str) -> list[Row]:
+    """Check and time one row of `make_cases`; printed."""
+    case = make_cases(scale)[index]
+    correct, plan = is_correct(case), case.build()
+    timings = time_interleaved(make_steps(case, torch.device(device)), device="cpu", seconds=2.0)
+    name = (
+        f"{case.name}: N={len(plan.input_ids)}, S={len(plan.target_ids)}, "
+        f"{plan.segments.num_segments} segments"
+    )
+    where = environment(device)
+    rows = [
+        Row(name, step, correct, where, p20_ms=t.p20, p50_ms=t.p50, p80_ms=t.p80)
+        for step, t in timings.items()
+    ]
+    print_table(rows)
+    return rows
+
+
+def plan_cases(scale: int, device: str, *, limit: float) -> list[SuiteCase]:
+    """All rows, for a suite."""
+    return [
+        SuiteCase(case.name, functools.partial(measure, index, scale, device), limit, device)
+        for index, case in enumerate(make_cases(scale))
+    ]
+
+
 def main() -> int:
     """Print the tables; 1 where a plan is not correct."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small rows, to try the benchmark")
-    parser.add_argument("--json", type=Path, help="write the rows here, after every case")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
-    where = environment(args.device)
-    rows: list[Row] = []
-    for case in make_cases(8 if args.quick else 1):
-        correct, plan = is_correct(case), case.build()
-        timings = time_interleaved(
-            make_steps(case, torch.device(args.device)), device="cpu", seconds=2.0
-        )
-        name = (
-            f"{case.name}: N={len(plan.input_ids)}, S={len(plan.target_ids)}, "
-            f"{plan.segments.num_segments} segments"
-        )
-        own = [
-            Row(name, step, correct, where, p20_ms=t.p20, p50_ms=t.p50, p80_ms=t.p80)
-            for step, t in timings.items()
-        ]
-        print_table(own)
-        rows += own
-        write_json(args.json, rows)
-    return int(not all(row.correct for row in rows))
+    if not device_is_there(args.device):
+        return 2
+    return run_suite(plan_cases(8 if args.quick else 1, args.device, limit=300.0), args)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from __future__ import annotations
 import sys
 
 import torch
-from attention_cases import SPREAD, AttentionCase, Group, attention_loaders, prepare
+from attention_cases import AttentionCase, Group, attention_loaders, prepare
 from compare import main
+from inputs import SPREAD
 
 
 def make_cases(quick: bool, device: str) -> list[AttentionCase]:

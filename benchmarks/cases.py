@@ -61,6 +61,8 @@ class Prepared(NamedTuple):
     num_bytes: float | None = None
     overwritable: tuple[Tensor, ...] = ()
     """Inputs that a gradient may be written over."""
+    tolerances: dict[str, float] | None = None
+    """Of the errors; None for those of reference.TOLERANCES."""
     formulas: str = ""
     """How flops and num_bytes were counted."""
 
@@ -91,6 +93,8 @@ def prepare(
         make_floor=lambda: bare_products(inputs, share_backward),
         floor_name="bare matrix products",
         flops=2 * num_products * case.shape.num_tokens * inputs.weight.numel(),
+        num_bytes=(1 + (share_backward > 0)) * (inputs.weight.nbytes + inputs.hidden_states.nbytes),
+        formulas=FORWARD_FORMULAS if case.operation == "forward" else FORMULAS,
     )
 
 
@@ -101,7 +105,7 @@ def policy_step(run: PolicyFunction, inputs: Inputs) -> Step:
         inputs.hidden_states.grad = inputs.weight.grad = None
         loss, logps = run(
             inputs.hidden_states, inputs.weight, inputs.target_ids, inputs.advantages,
-            inputs.old_logps, inputs.token_weights, TEMPERATURE,
+            inputs.old_logps, inputs.token_weights, TEMPERATURE, inputs.lengths,
         )  # fmt: skip
         loss.backward()
         return Outputs(loss.detach(), None if logps is None else logps.detach())
@@ -135,6 +139,12 @@ def forward_step(run: LogpsFunction, inputs: Inputs) -> Step:
 
     return step
 
+
+FORWARD_FORMULAS = "flops = 2 S V D; bytes = (V + S) D e: weight and hidden states read"
+FORMULAS = (
+    "flops = 2 (1 + 2 rho) S V D, rho the share with a gradient; "
+    "bytes = 2 (V + S) D e: weight and hidden states read, their gradients written"
+)
 
 STEPS: dict[str, Callable[..., Step]] = {
     "policy_loss": policy_step,

@@ -22,7 +22,7 @@ from measure import (
     peaks_on_cpu,
     time_interleaved,
 )
-from reference import Errors
+from reference import TOLERANCES, Errors
 from rows import OURS, Row, environment, print_table
 from suite import SuiteCase, exit_status, make_parser, run_suite
 
@@ -136,7 +136,8 @@ def judge(step: Step, prepared: Prepared, dtype: torch.dtype) -> Verdict:
     old_memory = {tensor.data_ptr() for tensor in prepared.overwritable}
     num_bytes = sum(grad.nbytes for grad in grads if grad.data_ptr() not in old_memory)
     release(prepared)
-    return Verdict(errors.within(dtype), errors, gradient_bytes=num_bytes)
+    is_correct = errors.within(prepared.tolerances or TOLERANCES[dtype])
+    return Verdict(is_correct, errors, gradient_bytes=num_bytes)
 
 
 def release(prepared: Prepared) -> None:

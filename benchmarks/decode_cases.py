@@ -97,6 +97,8 @@ def prepare(case: DecodeCase, only: str | None = None, kept: set[str] | None = N
         floor_name="one sum of as many bytes as the keys and values have",
         flops=4.0 * num_tokens * batch.num_heads * batch.head_size,
         num_bytes=num_bytes,
+        formulas="flops = 4 R (L + S) H K; bytes = 2 (R H + P Hkv L + R Hkv S) K e: queries in, "
+        "outputs out, keys and values of each prompt once",
     )
 
 

@@ -95,7 +95,7 @@ def with_torch_objective(
 
         def policy(
             hidden_states: Tensor, weight: Tensor, target_ids: Tensor, advantages: Tensor,
-            old_logps: Tensor, token_weights: Tensor, temperature: float,
+            old_logps: Tensor, token_weights: Tensor, temperature: float, lengths: list[int],
         ) -> tuple[Tensor, Tensor]:  # fmt: skip
             logps, _ = logps_of(hidden_states, weight, target_ids, temperature)
             return (token_weights * token_losses(logps, old_logps, advantages)).sum(), logps
@@ -127,7 +127,7 @@ def fastrl_policy_loss(device: str, **options: Any) -> PolicyFunction:
 
     def policy(
         hidden_states: Tensor, weight: Tensor, target_ids: Tensor, advantages: Tensor,
-        old_logps: Tensor, token_weights: Tensor, temperature: float,
+        old_logps: Tensor, token_weights: Tensor, temperature: float, lengths: list[int],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         result = policy_loss(
             hidden_states, weight, target_ids, advantages, token_weights,

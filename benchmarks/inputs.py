@@ -1,6 +1,6 @@
 """Inputs of the benchmarks, made to look like those of a policy update; one seed, one input.
 
-S selected tokens, D hidden, V vocabulary, B sequences of S / B tokens each.
+S selected tokens, D hidden, V vocabulary, B sequences.
 """
 
 from __future__ import annotations
@@ -14,8 +14,22 @@ from reference import row_statistics
 from torch import Tensor
 
 MEAN_LOGP = -0.5  # nats: about what a policy gives to the tokens it sampled itself
-NUM_SEQUENCES = 8  # B; peers with one advantage a sequence see (B, S / B) tokens
+NUM_SEQUENCES = 8  # B; peers with one advantage a sequence see rows of them, padded
 TEMPERATURE = 1.0  # not every peer has one, and dividing the logits would cost the others a copy
+SPREAD = 0.6  # of log-normal lengths: the longest of 16 is about 2 times the mean
+
+
+def log_normal_lengths(mean: int, count: int, spread: float) -> list[int]:
+    """Lengths of this mean, at least 1, always the same ones; all alike at a spread of 0.
+
+    spread: standard deviation of their logarithm. They sum to mean * count.
+    """
+    random = torch.Generator().manual_seed(0)
+    weights = torch.randn(count, generator=random, dtype=torch.float64).mul(spread).exp()
+    ends = (weights.cumsum(0) / weights.sum() * mean * count).round().long().tolist()
+    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    assert min(lengths) >= 1, "a spread this wide leaves sequences without tokens"
+    return lengths
 
 
 @dataclass(frozen=True)
@@ -27,11 +41,19 @@ class Shape:
     hidden_size: int
     dtype: torch.dtype
     device: str
+    spread: float = 0.0
+    """Of the lengths of the sequences, see log_normal_lengths."""
 
     def __str__(self) -> str:
         """S, V, D and the dtype, as a case is named."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"S={self.num_tokens} V={self.vocab_size} D={self.hidden_size} {dtype}"
+        lengths = f" log-normal {self.spread:g}" if self.spread else ""
+        return f"S={self.num_tokens}{lengths} V={self.vocab_size} D={self.hidden_size} {dtype}"
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the B sequences."""
+        return log_normal_lengths(self.num_tokens // NUM_SEQUENCES, NUM_SEQUENCES, self.spread)
 
 
 class Inputs(NamedTuple):
@@ -45,6 +67,7 @@ class Inputs(NamedTuple):
     old_logps: Tensor  # (S,)
     logp_slopes: Tensor  # (S,)
     entropy_slopes: Tensor  # (S,)
+    lengths: list[int]  # of the B sequences, S together
 
 
 def make_inputs(shape: Shape, *, share_trained: float = 1.0, seed: int = 0) -> Inputs:
@@ -65,7 +88,8 @@ def make_inputs(shape: Shape, *, share_trained: float = 1.0, seed: int = 0) -> I
     logps = row_statistics(hidden_states, weight, target_ids, TEMPERATURE, torch.float32).logps
     sequence_advantages = normal(NUM_SEQUENCES)
     sequence_advantages = sequence_advantages - sequence_advantages.mean()
-    advantages = sequence_advantages.repeat_interleave(num_tokens // NUM_SEQUENCES)
+    lengths = shape.lengths
+    advantages = sequence_advantages.repeat_interleave(torch.tensor(lengths, device=device))
     order = torch.randperm(num_tokens, generator=random, device=device)
     advantages[order[round(share_trained * num_tokens) :]] = 0.0
     return Inputs(
@@ -77,6 +101,7 @@ def make_inputs(shape: Shape, *, share_trained: float = 1.0, seed: int = 0) -> I
         logps + _drift(num_tokens, random),
         normal(num_tokens) / num_tokens,
         normal(num_tokens) / num_tokens,
+        lengths,
     )
 
 

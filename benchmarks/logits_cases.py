@@ -140,6 +140,8 @@ def prepare(case: Case, only: str | None = None, kept: set[str] | None = None) -
         make_floor=lambda: bare_copies(inputs.logits, num_passes),
         floor_name="bare copies",
         num_bytes=num_passes * inputs.logits.nbytes,
+        formulas=f"bytes = {num_passes} S V e: logits read"
+        + (" twice, their gradient written" if with_backward else ""),
         overwritable=(spare,),
     )
 

@@ -196,12 +196,14 @@ def high_water_mark() -> int:
 def in_fresh_process(
     function: Callable[..., Any], *args: Any, limit_seconds: float | None = None
 ) -> Any:
-    """The function's result from a new interpreter; function and arguments must be picklable.
+    """The function's result from a process in which nothing has run; all must be picklable.
 
     Raises what the function raises, and ProcessLost where the process ends without an answer, or
     has none after `limit_seconds`: then it is killed, with all processes it started.
     """
-    context = multiprocessing.get_context("spawn")
+    # Forked from one that has only imported torch, which would take most of a new one's time.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
     receiver, sender = context.Pipe(duplex=False)
     is_outermost = multiprocessing.parent_process() is None
     process = context.Process(target=_answer, args=(sender, is_outermost, function, args))

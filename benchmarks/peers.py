@@ -4,7 +4,7 @@ A loader imports what its adapter needs when it is called, so that a peer which 
 missed by nobody; `Absent` says that one cannot run here. All policy losses are the same number: the
 clipped ratio of GRPO with epsilons 0.2 and 0.28, no KL, summed with token weights of 1 / S.
 
-S selected tokens, D hidden, V vocabulary, B sequences of S / B tokens each.
+S selected tokens, D hidden, V vocabulary, B sequences, L tokens in the longest.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from inputs import NUM_SEQUENCES
 from reference import EPSILON_HIGH, EPSILON_LOW, token_losses
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 LogpsFunction = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor | None]]
 """(hidden_states, weight, target_ids, temperature) -> (logps, entropies or None)"""
 PolicyFunction = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor | None]
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, list[int]],
+    tuple[Tensor, Tensor | None],
 ]
-"""(hidden_states, weight, target_ids, advantages, old_logps, token_weights, temperature)
--> (loss, logps or None)"""
+"""(hidden_states, weight, target_ids, advantages, old_logps, token_weights, temperature, lengths)
+-> (loss, logps or None); lengths: of the B sequences"""
 
 
 class Absent(Exception):
@@ -36,14 +37,16 @@ def require_cuda(device: str) -> None:
         raise Absent("runs on CUDA only")
 
 
-def by_sequence(values: Tensor) -> Tensor:
-    """(S, ...) as (B, S / B, ...)."""
-    return values.unflatten(0, (NUM_SEQUENCES, -1))
+def by_sequence(values: Tensor, lengths: list[int]) -> Tensor:
+    """(S, ...) as (B, L, ...), zeros behind the shorter ones."""
+    if min(lengths) == max(lengths):
+        return values.unflatten(0, (len(lengths), -1))
+    return pad_sequence(values.split(lengths), batch_first=True)
 
 
-def sequence_advantages(advantages: Tensor) -> Tensor:
+def sequence_advantages(advantages: Tensor, lengths: list[int]) -> Tensor:
     """(B,): the one nonzero advantage of each sequence, 0 where none of its tokens is trained."""
-    rows = by_sequence(advantages)
+    rows = by_sequence(advantages, lengths)
     return rows.gather(1, rows.abs().argmax(1, keepdim=True)).squeeze(1)
 
 
@@ -52,7 +55,7 @@ def sequence_advantages(advantages: Tensor) -> Tensor:
 
 def naive_policy_loss(
     hidden_states: Tensor, weight: Tensor, target_ids: Tensor, advantages: Tensor,
-    old_logps: Tensor, token_weights: Tensor, temperature: float,
+    old_logps: Tensor, token_weights: Tensor, temperature: float, lengths: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """All logits, and no entropies: what every trainer began with."""
     log_probs = _log_probs(hidden_states, weight, temperature)
@@ -137,22 +140,24 @@ def liger_chunked_grpo(device: str) -> PolicyFunction:
     """`LigerFusedLinearGRPOLoss` with its defaults: one sequence a chunk, the objective compiled.
 
     It knows one advantage a sequence and a mask, so a zero advantage becomes a masked token;
-    num_items_in_batch keeps the mean over all S tokens. Its weights are 1 / S, nothing else.
+    num_items_in_batch keeps the mean over all S tokens. Its weights are 1 / S, nothing else. Where
+    sequences differ in length it takes padded rows, as a trainer hands them to it.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     def policy(
         hidden_states: Tensor, weight: Tensor, target_ids: Tensor, advantages: Tensor,
-        old_logps: Tensor, token_weights: Tensor, temperature: float,
+        old_logps: Tensor, token_weights: Tensor, temperature: float, lengths: list[int],
     ) -> tuple[Tensor, None]:  # fmt: skip
         grpo = LigerFusedLinearGRPOLoss(
             beta=0.0, use_ref_model=False, epsilon_low=EPSILON_LOW, epsilon_high=EPSILON_HIGH,
             loss_type="dapo", temperature=temperature,
         )  # fmt: skip
         loss, _ = grpo(
-            by_sequence(hidden_states), weight, by_sequence(target_ids),
-            (by_sequence(advantages) != 0).float(), sequence_advantages(advantages),
-            old_per_token_logps=by_sequence(old_logps), num_items_in_batch=len(target_ids),
+            by_sequence(hidden_states, lengths), weight, by_sequence(target_ids, lengths),
+            (by_sequence(advantages, lengths) != 0).float(),
+            sequence_advantages(advantages, lengths),
+            old_per_token_logps=by_sequence(old_logps, lengths), num_items_in_batch=len(target_ids),
         )  # fmt: skip
         return loss, None
 
@@ -170,12 +175,12 @@ def liger_triton_grpo(device: str) -> PolicyFunction:
 
     def policy(
         hidden_states: Tensor, weight: Tensor, target_ids: Tensor, advantages: Tensor,
-        old_logps: Tensor, token_weights: Tensor, temperature: float,
+        old_logps: Tensor, token_weights: Tensor, temperature: float, lengths: list[int],
     ) -> tuple[Tensor, None]:  # fmt: skip
-        logits = F.pad(by_sequence(hidden_states), (0, 0, 0, 1)) @ weight.T
+        logits = F.pad(by_sequence(hidden_states, lengths), (0, 0, 0, 1)) @ weight.T
         loss, *_ = triton_grpo_loss(
-            logits, by_sequence(old_logps), None, by_sequence(target_ids),
-            sequence_advantages(advantages), (by_sequence(advantages) != 0).int(),
+            logits, by_sequence(old_logps, lengths), None, by_sequence(target_ids, lengths),
+            sequence_advantages(advantages, lengths), (by_sequence(advantages, lengths) != 0).int(),
             temperature=temperature, beta=0.0, eps_low=EPSILON_LOW, eps_high=EPSILON_HIGH,
             loss_type="dapo", reduce=True, num_items_in_batch=len(target_ids),
         )  # fmt: skip

@@ -57,9 +57,9 @@ class Errors:
     """||error|| / ||reference||."""
     weight_grad: float | None = None
 
-    def within(self, dtype: torch.dtype) -> bool:
+    def within(self, tolerances: dict[str, float]) -> bool:
         """Whether all are small enough; NaN never is."""
-        pairs = ((getattr(self, name), limit) for name, limit in TOLERANCES[dtype].items())
+        pairs = ((getattr(self, name), limit) for name, limit in tolerances.items())
         return all(error <= limit for error, limit in pairs if error is not None)
 
 

@@ -47,16 +47,18 @@ class SelectionCase:
         return f"select_tokens ratio={RATIO} {self.shape}"
 
 
-def prepare(case: SelectionCase, only: str | None = None) -> Prepared:
-    """Inputs and steps of a case, of all implementations or of the one named."""
+def prepare(case: SelectionCase, only: str | None = None, kept: set[str] | None = None) -> Prepared:
+    """Inputs and steps of a case: of all implementations, of those kept or of the one named."""
     shape = case.shape
     random = torch.Generator(shape.device).manual_seed(0)
     size = (shape.num_sequences, shape.length)
     scores = torch.randn(size, generator=random, device=shape.device).abs().to(shape.dtype)
     loaders = selection_loaders()
+    if kept is not None:
+        loaders = {name: loader for name, loader in loaders.items() if name in kept}
     if only is not None:
         loaders = {only: loaders[only]}
-    kept = torch.empty(size, dtype=torch.bool, device=shape.device)
+    mask = torch.empty(size, dtype=torch.bool, device=shape.device)
     return Prepared(
         steps={
             name: functools.partial(run, scores)
@@ -64,9 +66,10 @@ def prepare(case: SelectionCase, only: str | None = None) -> Prepared:
         },
         leaves=(scores,),
         check=lambda found: compare(found, scores),
-        make_floor=lambda: one_comparison(scores, kept),
+        make_floor=lambda: one_comparison(scores, mask),
         floor_name="one comparison",
-        num_bytes=scores.nbytes + kept.nbytes,
+        num_bytes=scores.nbytes + mask.nbytes,
+        formulas="bytes = B C (e + 1): scores read, the mask written",
     )
 
 
