@@ -38,9 +38,10 @@ def learn(name: str, seed: int, warm_starts: Path, num_steps: int | None = None)
             curve = Curve(trainer)
             curve.prepare()
             curve.evaluate(0)
-            for step in range(num_steps or config.max_steps):
+            last = num_steps or config.max_steps
+            for step in range(last):
                 curve.step(step)
-                if (step + 1) % config.eval.eval_steps == 0:
+                if (step + 1) % config.eval.eval_steps == 0 or step + 1 == last:
                     curve.evaluate(step + 1)
     return {
         "learner": name, "seed": seed, "said": LEARNERS[name].said, "before": curve.before,
