@@ -118,7 +118,7 @@ def test_random_weights_of_a_config_alone(capsys, tmp_path):
     fields = {"model_type": "llama", "vocab_size": 97, **TINY}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(fields))
-    words = [path, *SMALL, "--prompts", "1", "--fixed-lengths", "--seconds", "40"]
+    words = [path, *SMALL, "--prompts", "1", "--fixed-lengths", "--seconds", "18"]
     assert main(["bench", *map(str, words)]) == 0
     output = capsys.readouterr().out
     assert "4 completions each of 16 to 16, 64 in all" in output
@@ -219,7 +219,7 @@ def test_estimates_grow_as_what_autograd_keeps(directory):
     estimator = Estimator(setup.blueprint, setup.work, setup.layout, bf16=False)
     technique = setup.rows[0].technique
     estimator.estimate(technique)
-    (counted,) = estimator.known.values()
+    counted = 16 * sum(estimator.known.values())
     kept = {}
 
     def keep(tensor):
@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_left_out_with_its_number(capsys, directory, monkey
     limit = sizes[largest] - 1
     monkeypatch.setattr("fastrl.bench.setup.available_bytes", lambda device: limit)
     path = tmp_path / "x.json"
-    words = ["bench", str(directory), *SMALL, "--seconds", "30", "--json", str(path)]
+    words = ["bench", str(directory), *SMALL, "--seconds", "18", "--json", str(path)]
     assert main(words) == 0
     assert "left out: needs" in capsys.readouterr().out
     rows = json.loads(path.read_text())["techniques"]

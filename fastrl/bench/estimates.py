@@ -11,17 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastrl.activations import INPUTS_ON_DEVICE, packed_token_bytes
 from fastrl.bench.models import Blueprint, quiet
 from fastrl.bench.modes import Modes
 from fastrl.bench.techniques import Technique
 from fastrl.bench.workload import Layout, Workload, packed_passes, padded_rows, padded_width
 from fastrl.integrations.capabilities import without_wrappers
+from fastrl.integrations.chunked_mlp import mlps_of
 from fastrl_kernels.plan import explain
 
 LOGITS_COPIES = 3
 """Of float32 logits that are stored: their softmax's logarithm, its gradient and that of logits."""
 STATE_BYTES = 8  # a trained parameter: two float32 moments of AdamW
-OFFLOADED_INPUTS = 3  # of checkpointed layers that stay on the GPU
 
 
 class Estimate(NamedTuple):
@@ -72,7 +73,7 @@ def passes_of(work: Workload, layout: Layout, technique: Technique) -> list[Pass
 
 
 class Estimator:
-    """Counts what autograd would keep, on fake tensors, once for each shape and mode."""
+    """Counts what autograd would keep of one padded row, on fake tensors, once for each mode."""
 
     def __init__(self, blueprint: Blueprint, work: Workload, layout: Layout, *, bf16: bool) -> None:
         self.blueprint = blueprint
@@ -80,33 +81,50 @@ class Estimator:
         self.layout = layout
         self.bf16 = bf16
         self.modes = Modes(blueprint.model)
-        self.known: dict[tuple[int, bool, int], int] = {}
+        self.width = padded_width(work)
+        self.known: dict[tuple[bool, bool], int] = {}
 
     def estimate(self, technique: Technique) -> Estimate:
-        """Of the technique's largest pass. Packed rows count as padded rows of as many tokens."""
+        """Of the technique's largest pass. A packed row counts as padded rows of as many tokens."""
         passes = passes_of(self.work, self.layout, technique)
-        num_rows = -(-max(x.num_tokens for x in passes) // padded_width(self.work))
-        kept = self._saved(num_rows, technique)
-        if technique.recomputes:
-            layers = self.blueprint.config.get_text_config().num_hidden_layers
-            kept = kept * min(layers, OFFLOADED_INPUTS) // layers if technique.offloads else kept
-            kept += self._saved(num_rows, technique._replace(recomputes=False)) // layers
+        num_tokens = max(x.num_tokens for x in passes)
+        kept = self._layer_bytes(num_tokens, technique)
         head = self._head_bytes(technique, max(passes, key=lambda x: x.num_trained))
         model = self.blueprint
         return Estimate(
             model.weight_bytes, model.gradient_bytes, STATE_BYTES * model.num_trained, kept + head
         )
 
-    def _saved(self, num_rows: int, technique: Technique) -> int:
-        """Bytes that a forward pass of the layers leaves for the backward pass."""
-        key = (num_rows, technique.recomputes, technique.mlp_chunk_size)
-        if key not in self.known:
-            plain = technique._replace(offloads=False)
-            self.modes.switch(plain, torch.device("cpu"))
-            self.known[key] = self._measured(num_rows)
-        return self.known[key]
+    def _layer_bytes(self, num_tokens: int, technique: Technique) -> int:
+        """Of the layers; of models that route tokens, which fake tensors cannot, by the formula."""
+        config = self.blueprint.config
+        if self.blueprint.has_experts:
+            if technique.mlp_chunk_size:
+                mlps_of(without_wrappers(self.blueprint.model))  # refuses models with experts
+            return num_tokens * packed_token_bytes(
+                config, bf16=self.bf16, is_checkpointed=technique.recomputes,
+                is_offloaded=technique.offloads,
+            )  # fmt: skip
+        kept = self._saved(num_tokens, technique)
+        if technique.recomputes:
+            layers = config.get_text_config().num_hidden_layers
+            kept = kept * min(layers, INPUTS_ON_DEVICE) // layers if technique.offloads else kept
+            kept += self._saved(num_tokens, technique._replace(recomputes=False)) // layers
+        copies = 2 * self.blueprint.num_parameters if self.bf16 else 0  # of weights, for autocast
+        return kept + copies
 
-    def _measured(self, num_rows: int) -> int:
+    def _saved(self, num_tokens: int, technique: Technique) -> int:
+        """Bytes that a forward pass of the layers leaves for the backward pass."""
+        key = (technique.recomputes, technique.mlp_chunk_size > 0)
+        if key not in self.known:
+            size = min(technique.mlp_chunk_size, self.width // 2)
+            one_row = technique._replace(offloads=False, mlp_chunk_size=size)
+            self.modes.switch(one_row, torch.device("cpu"))
+            self.known[key] = self._saved_of_a_row()
+            self.modes.switch_off()
+        return self.known[key] * num_tokens // self.width
+
+    def _saved_of_a_row(self) -> int:
         found: dict[int, Tensor] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -117,14 +135,18 @@ class Estimator:
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.bf16:
             autocast = torch.autocast("cpu", torch.bfloat16)
-        width = padded_width(self.work)
         with self.blueprint.mode, quiet(), autocast:
-            ids = torch.zeros(num_rows, width, dtype=torch.int64)
+            ids = torch.zeros(1, self.width, dtype=torch.int64)
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 body = model.base_model
                 body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         weights = {x.untyped_storage()._cdata for x in model.parameters()}
-        return sum(x.untyped_storage().nbytes() for key, x in found.items() if key not in weights)
+        shapes = {tuple(sorted(x.shape)) for x in model.parameters() if self.bf16 and x.dim() == 2}
+        return sum(
+            x.untyped_storage().nbytes()
+            for key, x in found.items()
+            if key not in weights and tuple(sorted(x.shape)) not in shapes
+        )
 
     def _head_bytes(self, technique: Technique, largest: Pass) -> int:
         """What the head keeps and needs: logits, or the workspace of the fused loss."""

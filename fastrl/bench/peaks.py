@@ -35,7 +35,7 @@ COMMAND = (
     "from fastrl.bench.peaks import main; main()"
 )
 LEAST_SECONDS = 1.0  # worth starting another one for
-END_SECONDS = 5.0  # for the process to end after its deadline
+END_SECONDS = 1.0  # for the process to end after its deadline
 
 
 class Job(NamedTuple):
@@ -64,13 +64,14 @@ def peaks_in_own_processes(job: Job) -> list[Peak]:
         stderr=subprocess.PIPE, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
     ) as process:  # fmt: skip
         try:
-            timeout = max(job.deadline + END_SECONDS - time.monotonic(), END_SECONDS)
-            output, errors = process.communicate(pickle.dumps(job), timeout)
+            left = job.deadline + END_SECONDS - time.monotonic()
+            output, errors = process.communicate(pickle.dumps(job), left)
         except subprocess.TimeoutExpired:
             process.kill()
-            output, errors = process.communicate()
+            output, _ = process.communicate()
+            errors = b"no time left"
     found = [Peak(*json.loads(line)) for line in output.decode().splitlines()]
-    last = (errors.decode(errors="replace").strip().splitlines() or ["no time left"])[-1][:200]
+    last = (errors.decode(errors="replace").strip().splitlines() or [""])[-1][:200]
     return found + [Peak(None, last)] * (len(job.techniques) - len(found))
 
 

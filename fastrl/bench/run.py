@@ -23,6 +23,7 @@ from fastrl.bench.updates import Updates
 from fastrl.errors import InputError
 
 MEMORY_SHARE = 0.5  # of the time, for the processes that measure memory
+LEAST_SECONDS = 10.0  # for these, most of them to load libraries
 NUM_CALLS = 2  # of every technique at least: its check and a round
 SLACK = 1.5  # an update takes more than its matrix products
 
@@ -88,6 +89,9 @@ def _measure_memory(setup: Setup) -> None:
     """On a CPU each technique in a process of its own, before this one has a model."""
     rows = setup.left
     left = setup.deadline - time.perf_counter() - (1 - MEMORY_SHARE) * setup.request.seconds
+    if left < LEAST_SECONDS:
+        setup.remarks.append(f"no memory measured: {left:.0f} s are too few; raise --seconds")
+        return
     job = Job(
         setup.request, tuple(row.technique for row in rows), setup.layout,
         torch.get_num_threads(), time.monotonic() + left,
