@@ -1,6 +1,7 @@
 """Log-probabilities and entropies of logits that the caller already holds, against their peers.
 
-python benchmarks/bench_selected_logps.py [--quick] [--json PATH] [--device cpu|cuda] [--only TEXT]
+python benchmarks/bench_selected_logps.py [--quick] [--json PATH] [--csv PATH] [--device cpu|cuda]
+    [--only TEXT ...] [--against PEER ...]
 
 TRL and Liger take part where they are installed.
 """

@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 # Half-precision layers add their roundings up: what tells a wrong gradient from a rounded one.
 TOLERANCES = {
     torch.float32: {"loss": 1e-4, "weight_grad": 1e-3},
-    torch.bfloat16: {"loss": 1e-2, "weight_grad": 0.2},
+    torch.bfloat16: {"loss": 1e-2, "weight_grad": 0.1},
 }
 
 
@@ -292,7 +292,9 @@ def fastrl_way(device: str, *, make_ready: Callable[[Any], None] | None = None) 
 
 def recompute(model: Any) -> None:
     """Layers keep their inputs alone until backward."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Newer transformers call it activation checkpointing.
+    new_name = getattr(model, "activation_checkpointing_enable", None)
+    (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def offload(model: Any) -> None:

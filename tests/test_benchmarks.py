@@ -15,16 +15,21 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # as a script there has it
 
+import attention_cases
 import cases
+import loss_cases
 import measure
 import suite
+import suite_cases
+import update_cases
 from compare import judge
-from implementations import logps_loaders
-from inputs import Shape
+from implementations import logps_loaders, policy_loaders
+from inputs import SPREAD, Shape, log_normal_lengths
 from rows import Row, print_table, ratio, write_csv, write_json
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TINY = Shape(64, 512, 16, torch.float32, "cpu")
 MIB = 2**20
 
@@ -173,3 +178,136 @@ def test_rows_survive_json_and_csv(tmp_path):
     first, second = csv.DictReader((tmp_path / "rows.csv").open(encoding="utf-8"))
     assert (first["p50_ms"], first["device"], second["p50_ms"]) == ("2.0", "a machine", "")
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["rows.json"]
+
+
+STOPPED = """
+import functools, sys
+sys.path[:0] = {paths!r}
+import suite
+from tests.test_benchmarks import some_rows, start_child_and_hang
+
+if __name__ == "__main__":
+    cases = [
+        suite.SuiteCase("first", functools.partial(some_rows, "first"), 60),
+        suite.SuiteCase("second", functools.partial(start_child_and_hang, {pid!r}), 100),
+    ]
+    suite.run_suite(cases, suite.make_parser("").parse_args(["--json", {path!r}]))
+"""
+
+
+def test_a_suite_that_is_stopped_keeps_what_it_has(tmp_path):
+    path, pid, script = tmp_path / "rows.json", tmp_path / "pid", tmp_path / "stopped.py"
+    paths = [str(BENCHMARKS), str(BENCHMARKS.parent), str(BENCHMARKS.parent / "kernels")]
+    script.write_text(STOPPED.format(paths=paths, path=str(path), pid=str(pid)), encoding="utf-8")
+    process = subprocess.Popen([sys.executable, script])
+    deadline = time.monotonic() + 90
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(30) == 143
+    assert [found["case"] for found in json.loads(path.read_text(encoding="utf-8"))] == ["first"]
+    assert not is_running(int(pid.read_text()))
+
+
+def test_lengths_are_log_normal_with_the_mean_that_was_asked_for():
+    lengths = log_normal_lengths(128, 16, SPREAD)
+    assert sum(lengths) == 128 * 16
+    assert log_normal_lengths(128, 16, SPREAD) == lengths
+    logs = torch.tensor(lengths).double().log()
+    assert 0.6 * SPREAD < float(logs.std()) < 1.6 * SPREAD
+    assert log_normal_lengths(7, 3, 0.0) == [7, 7, 7]
+
+
+@pytest.mark.parametrize("spread", [0.0, SPREAD])
+def test_attention_in_padded_and_in_packed_rows_is_the_same(spread):
+    group = attention_cases.Group(13, 9, 3, 4, 2, 16, torch.float32, "cpu", spread)
+    prepared = attention_cases.prepare(attention_cases.AttentionCase("attention", group))
+    verdicts = {name: judge(step, prepared, torch.float32) for name, step in prepared.steps.items()}
+    assert {"fastrl segment_attention", "sdpa, repeated rows", "sdpa, mask"} <= set(verdicts)
+    assert all(verdict.correct for verdict in verdicts.values())
+    seen = torch.zeros(group.num_tokens, group.num_tokens, dtype=torch.bool)
+    for row in group.packed_rows:
+        seen[row[:, None], row] |= torch.ones(len(row), len(row), dtype=torch.bool).tril()
+    assert group.num_pairs == int(seen.sum())
+
+
+def test_losses_of_sequences_that_differ_in_length():
+    shape = dataclasses.replace(TINY, spread=SPREAD)
+    names = ("fastrl policy_loss", "naive")
+    loaders = {name: policy_loaders()[name] for name in names}
+    prepared = cases.prepare(cases.Case("policy_loss", shape, 0.5), loaders=loaders)
+    assert all(judge(step, prepared, TINY.dtype).correct for step in prepared.steps.values())
+
+
+def test_every_objective_is_checked_with_its_gradient():
+    shape = loss_cases.Tokens(123, "cpu")
+    prepared = loss_cases.prepare(loss_cases.LossCase("objectives", shape))
+    assert len(prepared.steps) == len(loss_cases.objectives()) > 30
+    for step in prepared.steps.values():
+        assert judge(step, prepared, torch.float32).correct
+    plain = prepared.steps["fastrl clipped_ratio"]()
+    other = plain._replace(objective=loss_cases.objectives()["policy_gradient"])
+    errors = prepared.check(other)
+    assert errors.hidden_grad is not None
+    assert errors.hidden_grad > 0.1
+
+
+def test_updates_agree_and_wrong_ones_are_found():
+    prepared = update_cases.prepare(update_cases.UpdateCase(update_cases.TINY))
+    tolerances = prepared.tolerances
+    assert tolerances is not None
+    for name in ("fastrl", "fastrl, recomputing", "padded rows, all logits"):
+        assert prepared.check(prepared.steps[name]()).within(tolerances), name
+    result = prepared.steps["fastrl"]()
+    for parameter in result.model.parameters():
+        parameter.grad.mul_(1.01)
+    assert not prepared.check(result).within(tolerances)
+
+
+@pytest.mark.parametrize("make_cases", [suite_cases.gpu_cases, suite_cases.cpu_cases])
+def test_suites_have_every_case_once(make_cases):
+    for tiny, most_seconds in ((True, 1e9), (False, 3600.0)):
+        made = make_cases(tiny)
+        assert sum(case.limit_seconds for case in made) < most_seconds
+    names = [case.name for case in made]
+    assert len(set(names)) == len(names)
+    for group in ("stable" if make_cases is suite_cases.cpu_cases else "engines", "update"):
+        assert any(f"[{group}]" in name for name in names[:3])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what it says without a GPU")
+@pytest.mark.parametrize(
+    "words", [["gpu_suite.py"], ["bench_policy_loss.py", "--quick", "--device", "cuda"]]
+)
+def test_a_gpu_that_is_not_there_is_one_line(words):
+    command = [sys.executable, BENCHMARKS / words[0], *words[1:]]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 2
+    assert answer.stdout.count("\n") == 1
+    assert "needs a CUDA device, found none" in answer.stdout
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_case_from_beginning_to_end(tmp_path):
+    """With the memory of every implementation, and a peer that nobody has."""
+    path = tmp_path / "rows.json"
+    command = [sys.executable, BENCHMARKS / "bench_selected_logps.py", "--quick", "--json", path]
+    command += ["--only", "selected_forward", "--against", "naive", "nobody"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "unknown peer 'nobody'; there are fastrl selected_logps" in answer.stdout
+    rows = [Row(**found) for found in json.loads(path.read_text(encoding="utf-8"))]
+    assert [found.implementation for found in rows] == [
+        "bare copies", "fastrl selected_logps", "naive",
+    ]  # fmt: skip
+    naive = rows[-1]
+    logits = 256 * 8192 * 4
+    # Log-probabilities, their exponentials and the product: three tensors the size of the logits.
+    assert naive.tracked_peak_bytes == pytest.approx(3 * logits, rel=0.01)
+    assert naive.peak_bytes == pytest.approx(naive.tracked_peak_bytes, rel=0.05)
+    assert naive.correct
+    assert naive.p20_ms <= naive.p50_ms <= naive.p80_ms
+    assert naive.num_bytes == logits
+    assert naive.gigabytes_per_second == pytest.approx(logits / naive.p50_ms / 1e6)
+    assert naive.percent_of_floor == pytest.approx(100 * rows[0].p50_ms / naive.p50_ms)
+    assert naive.copy_gigabytes_per_second > 0
+    assert {"device", "torch", "commit", "command"} <= set(naive.environment)
