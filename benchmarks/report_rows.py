@@ -125,11 +125,15 @@ def number(name: str) -> str:
     return shown(found.value, QUANTITIES[name].unit)
 
 
+def heads() -> str:
+    """The table of the kernels' page."""
+    return report_heads.render(read(RESULTS / CPU / "policy_loss.json"))
+
+
 def filled(text: str) -> str:
     """The document with its sections and numbers as the results are now."""
     text = SECTION.sub(lambda found: found[1] + render(found[2]) + found[3], text)
-    heads = report_heads.render(read(RESULTS / CPU / "policy_loss.json"))
-    text = HEADS.sub(lambda found: found[1] + heads + found[2], text)
+    text = HEADS.sub(lambda found: found[1] + heads() + found[2], text)
     return NUMBER.sub(lambda found: found[1] + number(found[2]), text)
 
 
