@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,7 +147,6 @@ def _lines(number: int, recorded: Recorded) -> list[dict[str, Any]]:
     for row, text in enumerate(texts):
         prompt, generation = divmod(row, rollouts.num_generations)
         example = rollouts.prompts.examples[prompt]
-        parts = {name: float(part[row]) for name, part in rewards.parts.items()}
         found.append(
             {
                 "round": number,
@@ -155,10 +155,15 @@ def _lines(number: int, recorded: Recorded) -> list[dict[str, Any]]:
                 "prompt": example.prompt,
                 "completion": text,
                 "answer": example.answer,
-                "reward": float(rewards.total[row]),
-                # JSON has no NaN: a reward that did not apply is null.
-                "rewards": {k: value if value == value else None for k, value in parts.items()},
+                "reward": _number(rewards.total[row]),
+                "rewards": {name: _number(part[row]) for name, part in rewards.parts.items()},
                 "finished": bool(rollouts.finished[row]),
             }
         )
     return found
+
+
+def _number(value: Tensor) -> float | None:
+    """As JSON has it: null for a reward that did not apply or is not finite."""
+    number = float(value)
+    return number if math.isfinite(number) else None

@@ -1,9 +1,12 @@
 """Set-up shared by all tests."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+os.environ["OMP_NUM_THREADS"] = "1"  # processes that tests start: bits depend on the number
 
 
 @pytest.fixture(autouse=True)

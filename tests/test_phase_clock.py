@@ -26,7 +26,7 @@ def test_a_phase_has_the_memory_that_it_took():
     held = clock.peaks["held"] - clock.peaks["empty"]
     assert 60 * MIB < held < 80 * MIB
     assert clock.peaks["after"] < clock.peaks["held"] - 50 * MIB
-    assert memory.highest == clock.peaks["held"]
+    assert clock.peaks["held"] <= memory.highest < clock.peaks["held"] + MIB
     assert clock.metrics["memory/peak_gib"] == memory.highest / 2**30
     assert clock.metrics["step_time"] == pytest.approx(sum(clock.laps.values()))
 
