@@ -107,15 +107,27 @@ def draw_memories(data: Any, axes: Any) -> None:
 
 
 def frontier(results: Path) -> list[dict[str, Any]] | None:
-    """By trainer: the largest context that fits, by budget."""
-    path = results / CPU / "frontier.json"
-    rows = rows_of(read(path)) if path.exists() else None
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows or []:
-        if row.get("budget_bytes") and row.get("context"):
-            point = (row["context"], row["budget_bytes"] / 2**30)
-            lines.setdefault(row["implementation"], []).append(point)
+    """By trainer: the longest context that fits, by budget in MiB."""
+    lines: dict[str, list[tuple[int, int]]] = {}
+    for row in rows_in(results / CPU / "frontier.json"):
+        budget, context = budget_of(row), context_of(row)
+        if context is not None:
+            lines.setdefault(row["implementation"], []).append((context, budget))
     return [{"name": name, "points": sorted(lines[name])} for name in sorted(lines)] or None
+
+
+def budget_of(row: Row) -> int:
+    """MiB, from the name of the case."""
+    found = re.search(r"frontier (\d+) MiB", row["case"])
+    if not found:
+        raise ValueError(f"{row['case']!r} names no budget as 'frontier N MiB'")
+    return int(found[1])
+
+
+def context_of(row: Row) -> int | None:
+    """Tokens, from the note; None where nothing fits."""
+    found = re.search(r"context (?:at least )?(\d+) tokens", row["note"])
+    return int(found[1]) if found else None
 
 
 def draw_frontier(data: Any, axes: Any) -> None:
@@ -124,8 +136,8 @@ def draw_frontier(data: Any, axes: Any) -> None:
         style = "o-" if line["name"].startswith("fastrl") else "s--"
         axes.plot(*zip(*line["points"], strict=True), style, label=line["name"])
     axes.set(
-        xscale="log", yscale="log", xlabel="tokens of a context", ylabel="GiB",
-        title="the longest context that fits",
+        xlabel="tokens of the longest context", ylabel="MiB beyond weights and states",
+        title="memory against context",
     )  # fmt: skip
     axes.legend(fontsize=8)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import report_rows
-from committed import COMPILED, CPU, RESULTS, ROOT, devices, read, rows_of
+from committed import COMPILED, CPU, RESULTS, ROOT, Row, devices, read, rows_of
 from goal_table import counts
 from goal_table import table as goal_table
-from pictures import pictures, refresh
+from pictures import budget_of, pictures, refresh
 from stamps import digest, drawn_from, stamp
 
 PAGE = ROOT / "docs" / "results.md"
@@ -44,7 +44,8 @@ ABOUT = {
         "A*-PO, GRPO and PPO", "Whole steps of our own trainer; memory is all that it takes."
     ),
     "frontier": Section(
-        "The longest context in a budget", "Of memory beyond weights and optimizer states."
+        "The longest context in a budget",
+        "Of memory beyond weights and optimizer states; one prompt, two completions of half of it.",
     ),
     "scaling": Section(
         "Scaling", "Time and memory of an update against each size alone, with fitted exponents."
@@ -120,12 +121,26 @@ def render_kernels(results: Any) -> str:
     )
 
 
+def render_frontier(rows: list[Row]) -> str:
+    """The longest context of each trainer by budget; its times are of other contexts each."""
+    titles = ("budget, MiB", "trainer", "longest context", "peak MiB", "seconds")
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for row in rows:
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
+        seconds = "" if row["p50_ms"] is None else f"{row['p50_ms'] / 1000:.1f}"
+        context = row["note"].removeprefix("context ")
+        cells = [str(budget_of(row)), row["implementation"], context, peak, seconds]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\n{report_rows.where(rows)}"
+
+
 RENDERERS: dict[str, Callable[[Any], str]] = {
     "demo": render_demo,
     "demo_ppo": render_demo,
     "demo_astar_po": render_demo,
     "d3s_study": render_study,
     "headlines": render_headlines,
+    "frontier": render_frontier,
     "kernel_resources": render_kernels,
 }
 

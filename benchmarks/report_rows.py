@@ -140,7 +140,10 @@ def filled(text: str) -> str:
 def main() -> None:
     """Rewrite the sections and numbers of all documents."""
     for path in DOCUMENTS:
-        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        if filled(text) != text:
+            path.write_text(filled(text), encoding="utf-8")
+            print(f"wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

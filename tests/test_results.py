@@ -122,6 +122,25 @@ def test_scaling_is_relative_to_the_smallest_size(tmp_path):
     assert "| 20 (20 to 20) |  |" in report_results.page(results)  # alone, so without a ratio
 
 
+def test_the_frontier_is_told_by_budget(tmp_path):
+    rows = [
+        row("frontier 256 MiB, G=2", "fastrl", 900.0, note="context 1024 tokens", peak_bytes=2**28),
+        row("frontier 256 MiB, G=2", "TRL GRPOTrainer", None, note="no context fits: 512 take 300"),
+        row("frontier 512 MiB, G=2", "fastrl", 1900.0, note="context at least 4096 tokens"),
+        row("frontier 512 MiB, G=2", "TRL GRPOTrainer", 1900.0, note="context 640 tokens"),
+    ]
+    results = results_with(tmp_path, CPU, "frontier", rows)
+    found = {picture.name: picture for picture in pictures.pictures(results)}["frontier"]
+    assert found.data(results) == [
+        {"name": "TRL GRPOTrainer", "points": [(640, 512)]},
+        {"name": "fastrl", "points": [(1024, 256), (4096, 512)]},
+    ]
+    assert "frontier" in pictures.refresh(tmp_path, results)
+    page = report_results.page(results)
+    assert "| 256 | fastrl | 1024 tokens | 256 | 0.9 |" in page
+    assert "| 256 | TRL GRPOTrainer | no context fits: 512 take 300 |  |  |" in page
+
+
 def test_a_picture_of_other_numbers_is_stale(tmp_path):
     results = results_with(tmp_path, "x", "none", [])
     picture = next(x for x in pictures.pictures(results) if x.name == "memory_by_context")
