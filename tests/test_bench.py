@@ -314,6 +314,34 @@ def test_one_line_for_every_mistake(capsys, directory, words, message):
     assert message in refused(capsys, *given, *rest)
 
 
+@pytest.mark.parametrize("lines", ["lora = {r = 4}", 'precision = "split"', "mlp_chunk_size = 9"])
+def test_what_a_config_says_of_the_model_is_measured(directory, tmp_path, lines):
+    path = tmp_path / "run.toml"
+    path.write_text(f'[model]\npath = "{directory}"\n{lines}\n')
+    setup, updates = make_updates(path, *SMALL, "--prompts", "2")
+    trained = [p for p in updates.policy.model.parameters() if p.requires_grad]
+    assert setup.blueprint.num_trained == sum(p.numel() for p in trained)
+    assert setup.blueprint.num_parameters == updates.policy.num_parameters
+    assert setup.blueprint.gradient_bytes == sum(p.nbytes for p in trained)
+    checker = Checker(updates)
+    assert all(checker.check(row.technique).is_correct for row in setup.rows)
+    if "chunk" in lines:
+        assert setup.rows[-1].technique.mlp_chunk_size == 9
+
+
+def test_models_that_route_tokens(tmp_path):
+    path = tmp_path / "config.json"
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    fields = {"model_type": "qwen3_moe", "vocab_size": 97, **TINY, **experts}
+    path.write_text(json.dumps(fields))
+    setup, updates = make_updates(path, *SMALL)
+    assert setup.blueprint.has_experts
+    assert len(setup.rows) == 6
+    assert len(setup.remarks) == 2  # MLPs that cannot be cut
+    checker = Checker(updates)
+    assert all(checker.check(row.technique).is_correct for row in setup.rows)
+
+
 def test_a_run_config_with_its_own_sizes(capsys, directory, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(

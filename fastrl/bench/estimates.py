@@ -96,14 +96,16 @@ class Estimator:
         )
 
     def _layer_bytes(self, num_tokens: int, technique: Technique) -> int:
-        """Of the layers; of models that route tokens, which fake tensors cannot, by the formula."""
+        """Of the layers; by the formula for models that fake tensors cannot run, which are those
+        that route tokens and those with an adapter.
+        """
         config = self.blueprint.config
-        if self.blueprint.has_experts:
+        if not self.blueprint.can_run:
             if technique.mlp_chunk_size:
                 mlps_of(without_wrappers(self.blueprint.model))  # refuses models with experts
             return num_tokens * packed_token_bytes(
                 config, bf16=self.bf16, is_checkpointed=technique.recomputes,
-                is_offloaded=technique.offloads,
+                is_offloaded=technique.offloads, has_chunked_mlps=technique.mlp_chunk_size > 0,
             )  # fmt: skip
         kept = self._saved(num_tokens, technique)
         if technique.recomputes:

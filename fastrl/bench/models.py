@@ -33,6 +33,8 @@ class Blueprint(NamedTuple):
     """Shape of every matrix that tokens are multiplied with in the layers; is it trained?"""
     trains_head: bool
     has_experts: bool
+    can_run: bool
+    """Whether a forward pass of fake tensors tells what autograd keeps."""
 
     @property
     def weight_bytes(self) -> int:
@@ -60,12 +62,15 @@ def draw_blueprint(request: Request) -> Blueprint:
     """Of the model with its adapter; takes a second or two and no memory, whatever its size."""
     config = model_config(request.architecture)
     mode = FakeTensorMode()
-    with mode, quiet():
+    is_adapted = bool(request.config.model.lora)
+    # peft moves its weights, which fake tensors do not take; those on "meta" cannot run.
+    with torch.device("meta") if is_adapted else mode, quiet():
         model = _assembled(request, config, is_fake=True)
     text: Any = without_wrappers(model)
     head = text.get_output_embeddings().weight
     apart = {id(x.weight) for x in text.modules() if isinstance(x, nn.Embedding)} | {id(head)}
     matrices = [x for x in model.parameters() if x.dim() == 2 and id(x) not in apart]
+    has_experts = any("expert" in name for name, _ in text.named_modules())
     return Blueprint(
         config,
         model,
@@ -74,7 +79,8 @@ def draw_blueprint(request: Request) -> Blueprint:
         num_trained=sum(x.numel() for x in model.parameters() if x.requires_grad),
         products=tuple((x.shape[0], x.shape[1], x.requires_grad) for x in matrices),
         trains_head=head.requires_grad,
-        has_experts=any("expert" in name for name, _ in text.named_modules()),
+        has_experts=has_experts,
+        can_run=not has_experts and not is_adapted,
     )
 
 

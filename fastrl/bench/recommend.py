@@ -9,6 +9,7 @@ from fastrl.bench.estimates import gib
 from fastrl.bench.models import Blueprint
 from fastrl.bench.request import Request
 from fastrl.bench.rows import Row
+from fastrl.precision import frozen_dtype
 
 WORTH = 1.05
 """A setting has to save more than this, in time, to be picked for its time alone."""
@@ -22,6 +23,13 @@ class Mode(NamedTuple):
     in_backward: str
     num_bytes: float
     remark: str
+
+    def of(self, blueprint: Blueprint) -> float:
+        """Bytes of a whole model, weights below an adapter included."""
+        frozen = blueprint.num_parameters - blueprint.num_trained
+        return (
+            self.num_bytes * blueprint.num_trained + frozen * frozen_dtype(self.precision).itemsize
+        )
 
 
 MODES = (
@@ -59,11 +67,10 @@ class Recommendation(NamedTuple):
 
 def mode_rows(blueprint: Blueprint) -> list[tuple[str, ...]]:
     """A line for each mode: what it is and what it takes of this model."""
-    frozen = blueprint.weight_bytes - blueprint.gradient_bytes
     return [
         (
             mode.precision, mode.optimizer, mode.in_backward, f"{mode.num_bytes:g}",
-            gib(mode.num_bytes * blueprint.num_trained + frozen), mode.remark,
+            gib(mode.of(blueprint)), mode.remark,
         )
         for mode in MODES
     ]  # fmt: skip
@@ -97,8 +104,7 @@ def recommend(
 
 def needed(row: Row, mode: Mode, blueprint: Blueprint) -> float:
     """Bytes of a run: weights, gradients and moments in that mode, and the measured peak beside."""
-    frozen = blueprint.weight_bytes - blueprint.gradient_bytes
-    return mode.num_bytes * blueprint.num_trained + frozen + (row.peak_bytes or 0)
+    return mode.of(blueprint) + (row.peak_bytes or 0)
 
 
 def _can_be_picked(row: Row, memory_limit: float | None) -> bool:

@@ -18,7 +18,7 @@ from fastrl.bench.rows import Row
 from fastrl.bench.techniques import Technique, make_techniques
 from fastrl.bench.workload import Layout, Workload, make_workload
 from fastrl.errors import InputError
-from fastrl.integrations.capabilities import check_model
+from fastrl.integrations.capabilities import check_model, without_wrappers
 from fastrl.memory_modes import check_memory_modes
 from fastrl.policy import resolve_device
 from fastrl.precision import trained_dtype
@@ -63,7 +63,7 @@ def set_up(request: Request) -> Setup:
     )
     check_memory_modes(settings, device)
     blueprint = draw_blueprint(request)
-    check_model(blueprint.model)
+    check_model(without_wrappers(blueprint.model))
     _check_positions(request, blueprint.config)
     layout = _layout(request, blueprint, device)
     config = request.config
