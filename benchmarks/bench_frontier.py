@@ -9,7 +9,7 @@ prompt holds. The budget is for what an update takes beyond weights and optimize
 included, as in bench_trainer.py. Contexts are multiples of 64 up to MAX_CONTEXT; each is tried in
 a fresh process, the next one where the line through the nearest two crosses the budget, until the
 longest that fits is known to within TOLERANCE of the budget. When the minutes are over, what is
-known is reported as a lower bound.
+known is reported as a lower bound. Times are of these runs, and measuring memory takes some.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ evaluations are not in them. What a method samples before its first step is apar
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
 import time
@@ -18,11 +20,15 @@ from headline_cases import LEARNERS, config_of
 from safetensors.torch import load_model, save_model
 
 from fastrl.assembly import build_trainer
+from fastrl.config_io import as_paths
 from fastrl.held_out import evaluate_held_out
 from fastrl.methods.needs import requirements
 from fastrl.reference import make_reference
 from fastrl.trainer import StepOutput, Trainer
 from fastrl.warm_start import WarmStart
+
+BEFORE = ("warm_start", "model", "task", "data", "seed")
+"""Tables and fields that a warm-started policy depends on."""
 
 
 def learn(name: str, seed: int, warm_starts: Path, num_steps: int | None = None) -> dict[str, Any]:
@@ -32,7 +38,7 @@ def learn(name: str, seed: int, warm_starts: Path, num_steps: int | None = None)
         config = config_of(name, seed, Path(directory))
         trainer = build_trainer(config)
         with closing(trainer.sampler.scorer):
-            warm_start(trainer, warm_starts / f"{seed}.safetensors")
+            warm_start(trainer, warm_starts)
             if "ref_logps" in requirements(trainer.method):
                 trainer.reference = make_reference(trainer.policy, "auto")
             curve = Curve(trainer)
@@ -55,11 +61,15 @@ def make_warm_start(seed: int, warm_starts: Path) -> None:
     with tempfile.TemporaryDirectory() as directory:
         trainer = build_trainer(config_of("GRPO", seed, Path(directory)))
         with closing(trainer.sampler.scorer):
-            warm_start(trainer, warm_starts / f"{seed}.safetensors")
+            warm_start(trainer, warm_starts)
 
 
-def warm_start(trainer: Trainer, path: Path) -> None:
-    """The supervised steps of the demo: taken once for a seed, then read from `path`."""
+def warm_start(trainer: Trainer, warm_starts: Path) -> None:
+    """The supervised steps of the demo: taken once for a seed, then read from a file."""
+    options = as_paths(trainer.config).items()
+    known = [(key, str(value)) for key, value in options if key.startswith(BEFORE)]
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
+    path = warm_starts / f"{trainer.config.seed}-{digest}.safetensors"
     if path.exists():
         load_model(trainer.policy.model, path)
         return
