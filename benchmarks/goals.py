@@ -275,6 +275,7 @@ GOALS = (
         "bytes a parameter of full fine-tuning, activations aside",
         most=8,
         unit="",
+        quantity="bytes_a_parameter",
         held_by="tests/test_optim_memory.py::"
         "test_a_step_takes_what_is_held_one_gradient_and_little_more",
     ),

@@ -167,6 +167,16 @@ def not_sharing(other: str) -> Callable[[list[Row]], Measured]:
     return measure
 
 
+def bytes_a_parameter(rows: list[Row]) -> Measured:
+    """Peak of a step with split weights, 8-bit moments and gradients freed in backward."""
+    name = "adamw_8bit, split, in_backward two_phase"
+    for row in rows:
+        peak = re.search(r"peak ([\d.]+)$", row["note"])
+        if row["implementation"] == name and row["correct"] and peak:
+            return Measured(float(peak[1]))
+    raise ValueError(f"no row of {name!r} tells its peak")
+
+
 def spilling(rows: list[Row]) -> Measured:
     """Compiled kernels that spill registers or do not fit into shared memory."""
     return Measured(sum(bool(row["spilled_bytes"]) or not row["fits"] for row in rows))

@@ -84,15 +84,15 @@ def _cells(row: Row, base: Row | None) -> list[str]:
     """Time and memory, each with its ratio to the base."""
     if row.get("correct") is False:
         return ["incorrect" if row["p50_ms"] else "", "", "", ""]
-    if row["p50_ms"] is None:
-        return ["", "", "", ""]
-    times = " to ".join(_significant(row[key]) for key in ("p20_ms", "p80_ms"))
-    cells = [f"{_significant(row['p50_ms'])} ({times})"]
-    cells.append(_ratio(row["p50_ms"], base and base["p50_ms"]))
-    if row["peak_bytes"] is None:
-        return [*cells, "", ""]
-    cells.append(f"{row['peak_bytes'] / 2**20:.0f}")
-    return [*cells, _ratio(row["peak_bytes"], base and base["peak_bytes"])]
+    cells = ["", "", "", ""]
+    if row["p50_ms"] is not None:
+        times = " to ".join(_significant(row[key]) for key in ("p20_ms", "p80_ms"))
+        cells[0] = f"{_significant(row['p50_ms'])} ({times})"
+        cells[1] = _ratio(row["p50_ms"], base and base["p50_ms"])
+    if row["peak_bytes"] is not None:
+        cells[2] = f"{row['peak_bytes'] / 2**20:.0f}"
+        cells[3] = _ratio(row["peak_bytes"], base and base["peak_bytes"])
+    return cells
 
 
 def _extra(row: Row, key: str) -> str:

@@ -244,6 +244,15 @@ def test_what_is_not_correct_gets_no_ratio():
     assert "x |" not in report_rows.table(rows).splitlines()[-1]
 
 
+def test_bytes_of_the_optimizer_come_from_its_notes(tmp_path):
+    name, note = "adamw_8bit, split, in_backward two_phase", "a parameter: held 6.03, peak 6.59"
+    rows = [row("bytes of a step", name, None, note=note, peak_bytes=2**27)]
+    results = results_with(tmp_path, CPU, "optimizer", rows)
+    goal = next(goal for goal in GOALS if goal.quantity == "bytes_a_parameter")
+    assert "| at most 8 | 6.59 |  | yes |" in line_of(goal, CPU, results)
+    assert f"| {name} |  |  | 128 |  | {note} |" in report_results.page(results)
+
+
 def test_a_number_in_a_document_is_written_from_the_results():
     text = "takes <!-- measured:update_time -->9.99x of the time"
     value = measured("update_time", CPU).value
