@@ -17,7 +17,7 @@ from fastrl.config_io import load_config
 DEMO = Path(__file__).parent.parent / "examples" / "demo.toml"
 SEEDS = (0, 1, 2, 3, 4)
 COMPLETIONS = 1024  # of a step
-NUM_STEPS, EVAL_STEPS = 80, 10
+NUM_STEPS, EVAL_STEPS = 240, 20
 GROUP = {"rollout.num_generations": 8, "prompts_per_step": COMPLETIONS // 8}
 HALF = {"max_steps": NUM_STEPS // 2, "eval.eval_steps": EVAL_STEPS // 2}
 """Of those whose steps take two to four times as long."""
@@ -61,13 +61,12 @@ LEARNERS = {
     "D3S": Learner("d3s", {**GROUP, "objective": {"parameters": {"num_kept": 4}}},
                    "128 prompts, G = 8, of which 4 and in the batch a fourth to half are kept"),
     "RAPID": Learner(
-        "grpo",
+        "rapid",
         {
             "rollout.num_generations": 8, "prompts_per_step": 4 * COMPLETIONS // 8,
             "num_mini_batches": 4, "max_steps": NUM_STEPS // 4, "eval.eval_steps": EVAL_STEPS // 4,
             "optim.warmup_steps": 3,
-            "objective": {"surrogate": "truncated_importance", "epsilon_low": 1.0,
-                          "epsilon_high": 1.0},
+            "objective": {},
         },
         "512 prompts, G = 8, in 4 mini-batches, truncated importance [0, 2]",
     ),

@@ -23,7 +23,7 @@ f_dpo rpo wpo lipo_lambda slic rationale_dpo rationale_orpo ld_dpo
 NEEDS_MORE = """
 remax ppo ppo_rlvr ppo_max dapo scalerl aapo seed_grpo copo spo_single_stream sfpo astar_po refuel
 sppo gpo direct_advantage_po t_ppo vc_ppo vapo poad rto text2grad dgpo capo pods d3s pf_ppo pcl depo
-qwenlong mpo_mixed repo arpo_gui rapid async_online_dpo sapo_swarm t1 asearcher critique_grpo
+qwenlong mpo_mixed repo arpo_gui async_online_dpo sapo_swarm t1 asearcher critique_grpo
 luffy_mixed ghpo guide_grpo dr_po rlgf policy_rollout amft on_policy_distill tree_opo l1_exact
 l1_max dler hapo_history hbpo otc_ppo otc_grpo repexp polychromic eapo papo a2fm_apo cgpo_crpg
 cgpo_codpo xpo rso hypo online_dpo dno inpo nash_md spo_minimax apo_nesterov spac

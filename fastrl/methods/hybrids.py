@@ -48,8 +48,7 @@ HYBRIDS = (
         formula="-sg[min(rho, 2)] A logp",
         surrogate=use("truncated_importance", epsilon_low=1.0, epsilon_high=1.0),
         aggregation=use("sequence_mean"),
-        settings="4 to 8 mini-batches of one batch of rollouts",
-        missing="several updates, each on its own part of one large batch of rollouts",
+        settings="4 to 8 mini-batches of one large batch of rollouts (num_mini_batches)",
         unverified="the ratio of tokens rather than completions",
     ),
     Method(
