@@ -1,5 +1,5 @@
 # `make demo` and `make test` set everything up themselves; see README.md.
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test gate lint format clean
 
 setup:
 	@scripts/setup.sh
@@ -9,6 +9,9 @@ demo: setup
 
 test: setup
 	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+gate: setup
+	.venv/bin/python benchmarks/speed_gate.py
 
 lint: setup
 	.venv/bin/ruff check .

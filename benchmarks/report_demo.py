@@ -63,7 +63,8 @@ def render(results: dict[str, Any]) -> str:
     drawn = f"![pass rate over the steps of the demo, seed {first['seed']}](docs/demo_curve.png)"
     picture = f"{drawn}{NEWLINE}{NEWLINE}" if first["method"] == "grpo" else ""
     learned = f"{first['steps']} steps of {method} ({settings}) lift held-out pass@1"
-    cores = f"{results['num_cores']} cores of {results['cpu']}"
+    threads = "one thread" if first["num_threads"] == 1 else f"{first['num_threads']} threads"
+    cores = f"{results['num_cores']} cores of {results['cpu']}, {threads} a run"
     return f"""\
 A Qwen3-architecture policy of {size} parameters, built from a config, learns sums and differences
 of three one-digit numbers (`reasoning_gym:chain_sum`, its own verifier as reward).
