@@ -19,27 +19,31 @@ got back during a call, which no page size blurs, and which sees no library's ow
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import multiprocessing
 import os
 import random
 import signal
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from fastrl.bench.measuring import (
+    Timing,
+    count_big_blocks,
+    high_water_mark,
+    quantiles,
+    reset_high_water_mark,
+)
+
 Step = Callable[[], Any]
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
-M_MMAP_THRESHOLD = -3  # from malloc.h
 COPIED_BYTES = {"cpu": 2**26, "cuda": 2**30}  # well beyond the caches
 GRACE_SECONDS = 10.0  # for a process to end after its answer
 
@@ -54,14 +58,6 @@ class Peaks(NamedTuple):
     resident: int
     tracked: int
     """What torch's allocator had handed out."""
-
-
-class Timing(NamedTuple):
-    """Milliseconds of one call."""
-
-    p20: float
-    p50: float
-    p80: float
 
 
 def time_interleaved(
@@ -82,12 +78,6 @@ def time_interleaved(
         for name in order:
             times[name].append(time_one(steps[name]))
     return {name: quantiles(values) for name, values in times.items()}
-
-
-def quantiles(milliseconds: Sequence[float]) -> Timing:
-    """p20, p50 and p80 of several calls."""
-    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    return Timing(*torch.tensor(milliseconds, dtype=torch.float64).quantile(levels).tolist())
 
 
 def time_on_cpu(step: Step) -> float:
@@ -170,27 +160,6 @@ def tracked_peak(step: Step) -> int:
         in_use += event.nbytes()
         highest = max(highest, in_use)
     return highest
-
-
-def count_big_blocks() -> None:
-    """Let blocks of a mebibyte and more bypass the heap from here on."""
-    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**20)
-
-
-def reset_high_water_mark() -> int:
-    """Set the mark back to what is resident, in bytes, after all that is unused was given back."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return high_water_mark()
-
-
-def high_water_mark() -> int:
-    """Most bytes that were resident since the mark was set back."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("expected VmHWM in /proc/self/status; memory on CPU is measured on Linux")
 
 
 def in_fresh_process(
