@@ -107,7 +107,7 @@ def test_both_engines_force_the_same(policy):
 
 def test_thinking_that_was_ended_goes_on_as_it_likes(policy):
     """The end may be of any length in tokens, and stand anywhere before the budget."""
-    limit = ThinkingLimit(20, 24, "is 3", "3")
+    limit = ThinkingLimit(20, 24, "is 3", " ")
     sampling = Sampling(32, C, thinking=limit)
     rollouts = make_engine("native", policy).generate(prompts_of(LENGTHS), sampling, generator())
     found = check_phrases(policy, rollouts, limit)
