@@ -35,6 +35,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
 
+from fastrl.integrations.transformers import attention_implementation
+
 PACKAGE = "prefix_grouper"
 ATTENTION = "benchmarked_prefix_grouper"
 
@@ -84,12 +86,8 @@ def attention_by(model: Any, grouper: Any) -> Iterator[None]:
         return grouper.forward(causal, q, k, v), None
 
     AttentionInterface.register(ATTENTION, attention)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
-    try:
+    with attention_implementation(model, ATTENTION):
         yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def ways() -> dict[str, States]:
