@@ -24,10 +24,9 @@ HALF = {"max_steps": NUM_STEPS // 2, "eval.eval_steps": EVAL_STEPS // 2}
 SINGLE = {"rollout.num_generations": 1, "prompts_per_step": COMPLETIONS,
           "max_tokens_per_pass": 2048, **HALF}  # fmt: skip
 CRITIC = {
-    "critic.learning_rate": 1e-2,
     "objective": {
         "reward_shaping": "none", "epsilon_high": 0.28,
-        "parameters": {"gae_lambda": 1.0, "value_lambda": 1.0},
+        "parameters": {"gae_lambda": 1.0, "value_lambda": 1.0, "critic_learning_rate": 1e-2},
     },
 }  # fmt: skip
 
@@ -83,8 +82,9 @@ LEARNERS = {
     ),
     "T-PPO": Learner(
         "t_ppo",
-        {**GROUP, "rollout.max_tokens_per_step": 2 * COMPLETIONS, "critic.learning_rate": 1e-2,
-         "objective": {"epsilon_high": 0.28, "parameters": {"gae_lambda": 1.0}}},
+        {**GROUP, "rollout.max_tokens_per_step": 2 * COMPLETIONS,
+         "objective": {"epsilon_high": 0.28,
+                       "parameters": {"gae_lambda": 1.0, "critic_learning_rate": 1e-2}}},
         "PPO whose step samples at most 2048 tokens; what they cut goes on in the next",
     ),
 }  # fmt: skip

@@ -87,10 +87,9 @@ class RolloutConfig:
     engine: str = "native"
     """What samples: native, generate or hf_cb, on the training weights; vllm or http, on others."""
     engine_args: dict[str, Any] = field(default_factory=dict)
-    """Options of the engine; kv_cache_gib of native is the most memory for keys and values."""
-    check_steps: CountOrZero = 0
-    """Compare the engine's log-probabilities with the trainer's every so many steps; always before
-    the first. 0: only then."""
+    """Options of the engine; kv_cache_gib of native is the most memory for keys and values. Of
+    every engine: check_steps = n compares its log-probabilities with the trainer's every n steps;
+    always before the first."""
     max_tokens_per_step: Count | None = None
     """Sample at most so many tokens a step; completions that this cuts go on in the next one."""
 
@@ -188,9 +187,8 @@ class CriticConfig:
 
     model: str = "head"
     """head: on the layers of the policy; lora: an adapter of its own on the same weights; or the
-    directory of a model with the policy's vocabulary."""
-    learning_rate: Positive | None = None
-    """Peak step size of the value model's own weights; optim.learning_rate unless given."""
+    directory of a model with the policy's vocabulary. Its step size is the policy's, unless
+    objective.parameters.critic_learning_rate is given."""
 
 
 @dataclass(frozen=True)
@@ -271,6 +269,11 @@ class Config:
     max_tokens_per_pass: Count = 4096
     """Most packed tokens in one forward and backward pass; a prompt counts once for its group, and
     the head's row of a trained token as the part of a packed token that it keeps in memory."""
+    workspace_mb: Positive = 256
+    """MiB that a loss may take at the head beside what goes in and comes out; more is faster."""
+    memory_limit: str | None = None
+    """Most memory of the device that the run takes, such as "8GiB", or a card's name; a pass that
+    meets it is halved and done again. `fastrl plan` tells before what will be needed."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

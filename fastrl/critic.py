@@ -215,6 +215,12 @@ def make_critic(config: Config, policy: Policy) -> Critic:
 def check_critic(config: Config, method: Method) -> None:
     """Raise InputError for a warm-up of the value model that leaves the policy no step."""
     assert method.value_loss is not None
+    rate = training_parameter(method.value_loss, "critic_learning_rate")
+    if rate < 0:
+        raise InputError(
+            f"objective.parameters.critic_learning_rate must be at least 0, got {rate:g}; at 0 the "
+            "value model has the policy's"
+        )
     steps = round(training_parameter(method.value_loss, "critic_warmup_steps"))
     if steps >= config.max_steps:
         raise InputError(

@@ -28,7 +28,11 @@ class Learner:
     stepped by the policy's optimizer, with the gradients of both losses.
     """
 
-    def __init__(self, config: Config, policy: Policy, critic: Critic | None) -> None:
+    def __init__(
+        self, config: Config, policy: Policy, critic: Critic | None, *,
+        critic_learning_rate: float = 0.0,
+    ) -> None:  # fmt: skip
+        """critic_learning_rate: of the value model's own weights; at 0 that of the policy."""
         self.config = config
         self.critic = critic
         self.schedule = make_schedule(config.optim, config.max_steps)
@@ -36,7 +40,7 @@ class Learner:
         self.stepper = make_stepper(config, policy.model, rate, name="policy")
         self.critic_stepper: Stepper | None = None
         if critic is not None:
-            rate = config.critic.learning_rate or rate
+            rate = critic_learning_rate or rate
             with critic.in_use():
                 self.critic_stepper = make_stepper(config, critic.trained, rate, name="critic")
         self.skipped_in_a_row = 0

@@ -149,7 +149,7 @@ def _notes(
         yield (
             f"rollout.engine {name!r} samples from a copy of the weights, and method "
             f"{method.name!r} does not correct for one that stays behind; {advice}, or let "
-            "rollout.check_steps look for it"
+            "rollout.engine_args.check_steps look for it"
         )
     elif not corrects_sampler(method) and found.gap > TOLERANCE:
         yield (

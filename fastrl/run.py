@@ -33,6 +33,7 @@ from fastrl.reference import make_reference
 from fastrl.replay import Recorder, Replay
 from fastrl.report import RunLog, draw_curve, results_of, write_summary
 from fastrl.restore import restore
+from fastrl.rollout import check_interval
 from fastrl.run_directory import (
     check_disk,
     check_resumable,
@@ -220,7 +221,7 @@ class Run:
 
     def _step(self, step: int) -> None:
         """Training step `step`, from 0, with all that is logged of it."""
-        trainer, every = self.trainer, self.config.rollout.check_steps
+        trainer, every = self.trainer, check_interval(self.config.rollout.engine_args)
         started = time.perf_counter()
         with self._kept(trainer.learner):
             if every and step and step % every == 0:

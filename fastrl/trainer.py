@@ -23,7 +23,7 @@ from fastrl.loss import token_statistics
 from fastrl.methods.adaptation import Adaptation
 from fastrl.methods.estimates import kept_prompts, rows_to_train
 from fastrl.methods.inputs import StepInputs, scheduled
-from fastrl.methods.record import Method
+from fastrl.methods.record import Method, training_parameter
 from fastrl.metrics import (
     advantage_metrics,
     kl_metrics,
@@ -100,11 +100,12 @@ class Trainer:
         )
         self.row_flops = row_flops(policy.model)
         self.memory = PeakMemory(policy.device)
-        self.critic = None
+        self.critic, rate = None, 0.0
         if method.value_loss is not None:
             check_critic(config, method)
             self.critic = make_critic(config, policy)
-        self.updater = Updater(config, policy, self.critic)
+            rate = training_parameter(method.value_loss, "critic_learning_rate")
+        self.updater = Updater(config, policy, self.critic, critic_learning_rate=rate)
 
     @property
     def learner(self) -> Learner:

@@ -82,12 +82,15 @@ class Update(NamedTuple):
 class Updater:
     """Makes the optimizer steps of a step, of the policy and of the value model if there is one."""
 
-    def __init__(self, config: Config, policy: Policy, critic: Critic | None) -> None:
+    def __init__(
+        self, config: Config, policy: Policy, critic: Critic | None, *,
+        critic_learning_rate: float = 0.0,
+    ) -> None:  # fmt: skip
         self.config = config
         self.policy = policy
         self.critic = critic
         self.temperature = config.rollout.temperature
-        self.learner = Learner(config, policy, critic)
+        self.learner = Learner(config, policy, critic, critic_learning_rate=critic_learning_rate)
 
     def update(self, packed: Packed, step: int, *, sampler_is_exact: bool) -> Update:
         """`num_iterations` times `num_mini_batches` optimizer steps; none where there is no token

@@ -43,6 +43,12 @@ VALUE_LOSSES: dict[str, Callable[..., Tensor]] = {
     "squared_error": squared_error,
     "huber_error": huber_error,
 }
-TRAINING: dict[str, float] = {"value_coef": 1.0, "value_lambda": 1.0, "critic_warmup_steps": 0}
+TRAINING: dict[str, float] = {
+    "value_coef": 1.0,
+    "value_lambda": 1.0,
+    "critic_warmup_steps": 0,
+    "critic_learning_rate": 0.0,
+}
 """What every value loss has beside its own: its weight; the lambda of the targets, which at 1 are
-returns; and the first steps of a run, in which the value model is trained alone."""
+returns; the first steps of a run, in which the value model is trained alone; and the peak step size
+of the value model's own weights, which at 0 is the policy's."""

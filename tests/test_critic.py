@@ -27,9 +27,11 @@ LORA = {"r": 4}
 def trainer_of(critic: str = "head", *, lora=None, method: str = "ppo", **changes):
     """A trainer that has no reference: the penalty of PPO's rewards is taken away."""
     config = tiny_config(
-        "unused", method=method, critic=CriticConfig(model=critic, learning_rate=1e-2),
+        "unused", method=method, critic=CriticConfig(model=critic),
         model=ModelConfig(architecture={"model_type": "qwen3", **TINY}, lora=lora or {}),
-        objective={"reward_shaping": "none"}, **changes,
+        objective={
+            "reward_shaping": "none", "parameters": {"critic_learning_rate": 1e-2},
+        }, **changes,
     )  # fmt: skip
     return build_trainer(config)
 
@@ -196,7 +198,7 @@ def test_a_model_of_its_own_is_kept_as_the_policy_is(own_model, precision, optim
     architecture = {"model_type": "qwen3", **TINY}
     config = tiny_config(
         "unused", method="ppo", objective={"reward_shaping": "none"}, num_mini_batches=2,
-        critic=CriticConfig(model=str(own_model), learning_rate=1e-3),
+        critic=CriticConfig(model=str(own_model)),
         optim=OptimConfig(optimizer=optimizer, learning_rate=1e-3),
         model=ModelConfig(
             architecture=architecture, precision=precision, gradient_checkpointing=True

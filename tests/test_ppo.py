@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastrl.assembly import build_trainer
-from fastrl.config import CriticConfig
 from fastrl.methods.adaptation import Adaptation
 from fastrl.methods.record import use
 from fastrl.mini_batches import cut, drawn_order
@@ -34,8 +33,9 @@ Rows = list[Tensor]
 def made_trainer(method: str, *, seed: int = 0, **changes):
     """In float64, with a head that already says something."""
     config = tiny_config(
-        "unused", method=method, prompts_per_step=P, critic=CriticConfig(learning_rate=RATE),
-        objective={"parameters": SIZES.get(method, {})}, **changes,
+        "unused", method=method, prompts_per_step=P,
+        objective={"parameters": {**SIZES.get(method, {}), "critic_learning_rate": RATE}},
+        **changes,
     )  # fmt: skip
     trainer = build_trainer(config)
     make_exact(trainer, learning_rate=RATE)

@@ -22,8 +22,8 @@ def test_a_run_goes_on_to_the_same_bits(tmp_path, method, kind):
     """Value model, its optimizer, the spread of rewards, the order of mini-batches and warm-up."""
     whole = tiny_config(
         tmp_path / "whole", method=method, max_steps=6, num_mini_batches=2, num_iterations=2,
-        objective={"parameters": {"critic_warmup_steps": 1}},
-        critic=CriticConfig(model=kind, learning_rate=1e-2),
+        objective={"parameters": {"critic_warmup_steps": 1, "critic_learning_rate": 1e-2}},
+        critic=CriticConfig(model=kind),
         model=ModelConfig(
             architecture={"model_type": "qwen3", **TINY}, lora={"r": 4} if kind == "lora" else {}
         ),

@@ -255,7 +255,7 @@ def test_the_check_changes_nothing(tmp_path):
     """Weights and metrics of a run that is checked at every step are those of one that is not."""
     config = tiny_config(tmp_path / "rarely", max_steps=3)
     train(config)
-    rollout = dataclasses.replace(config.rollout, check_steps=1)
+    rollout = dataclasses.replace(config.rollout, engine_args={"check_steps": 1})
     train(dataclasses.replace(config, output_dir=str(tmp_path / "often"), rollout=rollout))
     assert numbers(tmp_path / "rarely") == numbers(tmp_path / "often")
     for name, value in weights(tmp_path / "rarely").items():
@@ -290,7 +290,7 @@ def test_a_copy_that_grows_stale_is_found_by_checks_on_the_way(tmp_path, stale_e
         tmp_path / "run", max_steps=6,
         warm_start=dataclasses.replace(tiny_config("").warm_start, steps=0),
     )  # fmt: skip
-    rollout = dataclasses.replace(config.rollout, engine="stale", check_steps=2)
+    rollout = dataclasses.replace(config.rollout, engine="stale", engine_args={"check_steps": 2})
     with pytest.raises(InputError, match="Cause: weights"):
         train(dataclasses.replace(config, rollout=rollout))
     steps = [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row]

@@ -353,6 +353,7 @@ def test_no_forward_pass_is_spent_on_old_logps(tmp_path, method, num_iterations,
     [
         ({"engine_args": {"kv_cache_gib": 1e-5}}, "kv_cache_gib must hold one prompt"),
         ({"engine_args": {"kv_cache_gb": 1.0}}, "engine_args do not fit engine 'native'"),
+        ({"engine_args": {"check_steps": -1}}, "check_steps must be a whole number of at least 0"),
         ({"engine": "naive"}, "unknown rollout.engine 'naive'; did you mean 'native'"),
         ({"stop_strings": ("",)}, "stop_strings has an empty string"),
     ],

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastrl.assembly import build_trainer
-from fastrl.config import CriticConfig, OptimConfig
+from fastrl.config import OptimConfig
 from fastrl.errors import NotFiniteError
 from fastrl.inspection import save_batch
 from fastrl.learner import MAX_SKIPPED
@@ -17,7 +17,10 @@ from tests.test_training import tiny_config
 
 
 def trainer_of(method: str = "grpo", **changes):
-    objective = {"reward_shaping": "none"} if method == "ppo" else {}
+    objective = {}
+    if method == "ppo":
+        own = {"critic_learning_rate": 1e-2}
+        objective = {"reward_shaping": "none", "parameters": own}
     return build_trainer(tiny_config("unused", method=method, objective=objective, **changes))
 
 
@@ -68,7 +71,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(method):
 
 
 def test_a_gradient_of_the_value_model_that_is_not_finite_moves_nothing():
-    trainer = trainer_of("ppo", critic=CriticConfig(learning_rate=1e-2))
+    trainer = trainer_of("ppo")
     trainer.train_step(0)
     before = state_of(trainer)
     spoil_gradient(trainer.critic.trained, {0})

@@ -64,6 +64,20 @@ ENGINES = {
     "http": "fastrl.rollout.http:HTTPEngine",
 }
 """Where the class of each engine lives: called with the policy and rollout.engine_args."""
+CHECK_STEPS = "check_steps"
+"""Of rollout.engine_args, whatever the engine."""
+
+
+def check_interval(arguments: Mapping[str, Any]) -> int:
+    """Steps between two comparisons of the engine's log-probabilities with the trainer's, of
+    rollout.engine_args; 0: only before the first step.
+    """
+    steps = arguments.get(CHECK_STEPS, 0)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise InputError(
+            f"rollout.engine_args.{CHECK_STEPS} must be a whole number of at least 0, got {steps!r}"
+        )
+    return steps
 
 
 def make_engine(name: str, policy: Policy, arguments: Mapping[str, Any] | None = None) -> Engine:
@@ -72,8 +86,11 @@ def make_engine(name: str, policy: Policy, arguments: Mapping[str, Any] | None =
         raise InputError(f"unknown rollout.engine {name!r}; {nearest(name, list(ENGINES))}")
     module, _, class_name = ENGINES[name].partition(":")
     engine = getattr(importlib.import_module(module), class_name)
+    own = dict(arguments or {})
+    check_interval(own)
+    own.pop(CHECK_STEPS, None)
     try:
-        made: Engine = engine(policy, **(arguments or {}))
+        made: Engine = engine(policy, **own)
     except TypeError as error:
         raise InputError(f"rollout.engine_args do not fit engine {name!r}: {error}") from error
     return made
