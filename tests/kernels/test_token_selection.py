@@ -7,6 +7,7 @@ import torch
 
 from fastrl_kernels import select_tokens
 from fastrl_kernels.token_selection import select_tokens_reference
+from fastrl_kernels.token_selection.op import by_sorting
 from tests.kernels.selection_cases import (
     AMOUNTS,
     KINDS,
@@ -16,7 +17,22 @@ from tests.kernels.selection_cases import (
     make_scores,
 )
 
-FUNCTIONS = [select_tokens, select_tokens_reference]
+
+def select_by_sorting(
+    scores: torch.Tensor, mask: torch.Tensor | None = None, *, ratio: float | None = None,
+    budget: int | None = None, per: str = "batch", lengths: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """What runs where there is neither a CPU nor Triton."""
+    if per == "batch":
+        lengths = torch.tensor([scores.numel()])
+    elif lengths is None:
+        lengths = torch.full((len(scores),), scores.shape[1])
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    flat_mask = None if mask is None else mask.flatten()
+    return by_sorting(scores.flatten(), flat_mask, bounds, ratio, budget).view(scores.shape)
+
+
+FUNCTIONS = [select_tokens, select_tokens_reference, select_by_sorting]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 

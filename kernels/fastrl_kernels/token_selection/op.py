@@ -1,6 +1,6 @@
-"""`fastrl::select_tokens`: a radix select on a GPU, a stable sort anywhere; nothing waits for it.
+"""`fastrl::select_tokens`: a radix select on a GPU, thresholds on a CPU, a stable sort anywhere.
 
-S tokens, B sequences.
+S tokens, B sequences, C the longest of them. Nothing waits for a GPU.
 """
 
 import torch
@@ -29,7 +29,9 @@ def select_tokens_op(
     if implementation == "triton":
         with on_device(scores):
             return _launch(scores, mask, bounds, ratio, budget)
-    return _by_sorting(scores, mask, bounds, ratio, budget)
+    if scores.device.type == "cpu":
+        return by_thresholds(scores, mask, bounds, ratio, budget)
+    return by_sorting(scores, mask, bounds, ratio, budget)
 
 
 @select_tokens_op.register_fake
@@ -51,7 +53,7 @@ def _bounds(lengths: Tensor | None, scores: Tensor) -> Tensor:
     return torch.cat([ends.new_zeros(1), ends])
 
 
-def _by_sorting(
+def by_sorting(
     scores: Tensor, mask: Tensor | None, bounds: Tensor, ratio: float | None, budget: int | None
 ) -> Tensor:
     """Sorts by score, then by sequence, and keeps the first of each."""
@@ -70,6 +72,51 @@ def _by_sorting(
     kept = torch.empty_like(scores, dtype=torch.bool)
     kept[order] = place - first[owner] < num_kept[owner]
     return kept
+
+
+def by_thresholds(
+    scores: Tensor, mask: Tensor | None, bounds: Tensor, ratio: float | None, budget: int | None
+) -> Tensor:
+    """The smallest score that is kept of each sequence, all above it, and the first that equal it.
+
+    Sequences stand below each other, filled up with keys that nothing is kept of.
+    """
+    lengths = bounds.diff()
+    longest = int(lengths.max()) if len(lengths) else 0
+    if longest == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    keys = _ordered_keys(scores, mask)
+    nothing = torch.iinfo(keys.dtype).min
+    is_token = torch.arange(longest) < lengths[:, None]  # (B, C)
+    if bool(is_token.all()):
+        rows = keys.view(-1, longest)
+    else:
+        rows = keys.new_full(is_token.shape, nothing)
+        rows[is_token] = keys
+    num_kept = _numbers_kept((rows != nothing).sum(1), ratio, budget)[:, None]
+    if len(rows) == 1:
+        rank = longest + 1 - int(num_kept.clamp(min=1))
+        thresholds = rows.kthvalue(rank, dim=1, keepdim=True).values
+    else:
+        ordered = rows.sort(dim=1, descending=True).values
+        thresholds = ordered.gather(1, num_kept.clamp(min=1) - 1)
+    above, ties = rows > thresholds, rows == thresholds
+    ties &= ties.cumsum(1, dtype=torch.int32) <= num_kept - above.sum(1, keepdim=True)
+    kept = (above | ties) & (num_kept > 0)
+    return kept[is_token]
+
+
+def _ordered_keys(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """(S,) integers in the order of the scores, NaN the largest; the smallest of all where masked.
+
+    Bits of a float are in its order, those of negative ones in the opposite.
+    """
+    values = scores.float() if scores.dtype.itemsize < 4 else scores
+    integer = torch.int32 if values.dtype.itemsize == 4 else torch.int64
+    bits = (values + 0.0).view(integer)  # -0 + 0 is 0
+    info = torch.iinfo(integer)
+    keys = torch.where(bits < 0, bits ^ info.max, bits).masked_fill_(values.isnan(), info.max)
+    return keys if mask is None else keys.masked_fill_(~mask, info.min)
 
 
 def _numbers_kept(counts: Tensor, ratio: float | None, budget: int | None) -> Tensor:
