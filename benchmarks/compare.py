@@ -1,9 +1,15 @@
-"""One case from beginning to end: check every implementation, measure memory, then time all."""
+"""One case from beginning to end: check every implementation, measure memory, then time all.
+
+An implementation that would take too much of the case's time is left out with a note, so that the
+others are measured.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +17,7 @@ import torch
 from cases import Loaders, Prepared
 from implementations import load
 from measure import (
+    MIN_ROUNDS,
     Peaks,
     ProcessLost,
     Step,
@@ -21,6 +28,7 @@ from measure import (
     peak_on_cuda,
     peaks_on_cpu,
     time_interleaved,
+    time_limit,
 )
 from reference import TOLERANCES, Errors
 from rows import OURS, Row, environment, print_table
@@ -31,6 +39,7 @@ __all__ = ["exit_status", "main", "measure_case"]
 Prepare = Callable[..., Prepared]
 
 COPY = "copy of memory"
+SHARE = 4  # the part of a case's time that one implementation may take to be checked, or timed
 
 
 class Verdict(NamedTuple):
@@ -91,18 +100,26 @@ def kernel_case(
     """A case for a suite; the group tells cases of the same name apart."""
     name = f"{case} [{group}]" if group else str(case)
     measure = functools.partial(
-        measure_case, name, case, prepare, seconds=seconds, with_memory=with_memory
-    )
+        measure_case, name, case, prepare, seconds=seconds, limit_seconds=limit,
+        with_memory=with_memory,
+    )  # fmt: skip
     return SuiteCase(name, measure, limit, case.shape.device)
 
 
 def measure_case(
-    name: str, case: Any, prepare: Prepare, *, seconds: float, with_memory: bool
-) -> list[Row]:
-    """Rows of one case, printed as a table; `seconds` bounds the timing, not the rest."""
+    name: str, case: Any, prepare: Prepare, *, seconds: float, limit_seconds: float,
+    with_memory: bool,
+) -> list[Row]:  # fmt: skip
+    """Rows of one case, printed as a table; `seconds` bounds the timing, not the rest.
+
+    limit_seconds: after which the case is killed.
+    """
     prepared = prepare(case)
     device, dtype = case.shape.device, case.shape.dtype
-    verdicts = {key: judge(step, prepared, dtype) for key, step in prepared.steps.items()}
+    verdicts = {
+        key: judge(step, prepared, dtype, limit_seconds / SHARE)
+        for key, step in prepared.steps.items()
+    }
     steps = {key: step for key, step in prepared.steps.items() if not verdicts[key].failure}
     peaks: dict[str, Peaks | None] = {}
     for key, step in steps.items() if with_memory else ():
@@ -120,13 +137,25 @@ def measure_case(
     return rows
 
 
-def judge(step: Step, prepared: Prepared, dtype: torch.dtype) -> Verdict:
-    """Run once and compare with the reference; what an implementation raises is its result."""
+def judge(
+    step: Step, prepared: Prepared, dtype: torch.dtype, limit_seconds: float | None = None
+) -> Verdict:
+    """Run once and compare with the reference; what an implementation raises is its result.
+
+    limit_seconds: for the check, and for the fewest rounds that a timing has.
+    """
     release(prepared)
     try:
-        outputs = step()
-        if prepared.leaves[0].is_cuda:
-            torch.cuda.synchronize()  # a fault of a kernel shows here, not at the next one's call
+        with time_limit(limit_seconds):
+            started = time.perf_counter()
+            outputs = step()
+            if prepared.leaves[0].is_cuda:
+                torch.cuda.synchronize()  # a fault of a kernel shows here, not at the next call
+            is_slow = MIN_ROUNDS * (time.perf_counter() - started) > (limit_seconds or math.inf)
+            if is_slow:  # or has compiled something, which the next call does not
+                release(prepared)
+                with time_limit(limit_seconds / MIN_ROUNDS):
+                    outputs = step()
     except Exception as error:  # of other people's code; it is reported and counts as incorrect
         message = (str(error).splitlines() or [""])[0][:200]
         release(prepared)

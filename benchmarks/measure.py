@@ -25,8 +25,8 @@ import random
 import signal
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -46,6 +46,32 @@ Step = Callable[[], Any]
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
 COPIED_BYTES = {"cpu": 2**26, "cuda": 2**30}  # well beyond the caches
 GRACE_SECONDS = 10.0  # for a process to end after its answer
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raises TimeoutError within the block as soon as Python runs again after so many seconds.
+
+    Limits may be nested; an inner one that is longer than what is left of the outer one ends with
+    it. Main thread only.
+    """
+    if seconds is None:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds:.3g} s")
+
+    started = time.monotonic()
+    handler = signal.signal(signal.SIGALRM, stop)
+    before = signal.getitimer(signal.ITIMER_REAL)[0]
+    signal.setitimer(signal.ITIMER_REAL, min(seconds, before or seconds))
+    try:
+        yield
+    finally:
+        left = max(before - (time.monotonic() - started), 1e-3) if before else 0.0
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, left)
 
 
 class ProcessLost(Exception):

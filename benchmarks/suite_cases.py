@@ -87,7 +87,7 @@ def gpu_cases(tiny: bool) -> list[SuiteCase]:
         of("all", Case("forward", large), 60),
         of("losses", LossCase("objectives", losses), 45),
         *plan_cases(32 if tiny else 1, device, limit=30)[:1],
-        optimizer_memory_case(device, 45),
+        optimizer_memory_case(device, 90),  # four processes, each with its imports
         of("peers", Case("policy_loss", large), 90),
         of("engines", Case("policy_loss", large, 0.2), 60),
         of("all", Case("forward", small), 60),

@@ -24,7 +24,7 @@ import measure
 import suite
 import suite_cases
 import update_cases
-from compare import judge
+from compare import judge, measure_case
 from implementations import logps_loaders, policy_loaders
 from inputs import SPREAD, Shape, log_normal_lengths
 from rows import Row, print_table, ratio, write_csv, write_json
@@ -156,6 +156,49 @@ def test_a_wrong_implementation_is_found():
     assert verdicts["naive"].correct
     assert not verdicts["wrong"].correct
     assert verdicts["wrong"].errors.logps == pytest.approx(0.01, rel=1e-2)
+
+
+def test_a_slow_implementation_does_not_cost_the_others_their_case(capsys):
+    naive = logps_loaders()["naive"]("cpu")
+    calls = []
+
+    def slow_from_the_second_call_on(*args):
+        calls.append(args)
+        time.sleep(0.3 if len(calls) == 1 else 60)
+        return naive(*args)
+
+    def stuck(*args):
+        time.sleep(60)
+
+    functions = {"naive": naive, "slow": slow_from_the_second_call_on, "stuck": stuck}
+    loaders = {name: lambda device, run=run: run for name, run in functions.items()}
+    case = cases.Case("linear_logps", TINY)
+    started = time.monotonic()
+    rows = measure_case(
+        "a case", case, functools.partial(cases.prepare, loaders=loaders), seconds=0.1,
+        limit_seconds=4.0, with_memory=False,
+    )  # fmt: skip
+    assert time.monotonic() - started < 20
+    notes = {row.implementation: row.note for row in rows}
+    assert notes["slow"] == "failed: TimeoutError: took more than 0.2 s"
+    assert notes["stuck"] == "failed: TimeoutError: took more than 1 s"
+    (kept,) = (row for row in rows if row.implementation == "naive")
+    assert kept.correct
+    assert kept.p50_ms > 0
+
+
+def test_nested_time_limits_end_with_the_outer_one():
+    def outer_and_inner():
+        with measure.time_limit(0.2):
+            with pytest.raises(TimeoutError, match=r"more than 0\.05 s"), measure.time_limit(0.05):
+                time.sleep(5)
+            time.sleep(5)
+
+    with pytest.raises(TimeoutError, match=r"more than 0\.2 s"):
+        outer_and_inner()
+    with measure.time_limit(0.05):
+        pass
+    time.sleep(0.1)  # nothing is left of it
 
 
 def test_tracked_peak_counts_blocks_exactly():
