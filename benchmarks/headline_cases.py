@@ -109,13 +109,13 @@ CLAIMS = {
     ),
     "prefix_grouper": Claim(
         "Prefix Grouper (arXiv:2506.05433)",
-        "the same outputs and gradients from one pass over the shared prompt, at a cost that grows "
-        "with neither prompt length nor group size as that of repeated prompts does",
+        "the same outputs and gradients as with repeated prompts, at a much lower cost, above all "
+        "with long prompts, and larger groups for the same compute",
         (),
     ),
     "d3s": Claim(
         "D3S (arXiv:2509.22115)",
-        "more reward for each token that is trained",
+        "better accuracy and generalisation with fewer samples and tokens",
         ("GRPO", "D3S"),
         ("GRPO, G=8", "D3S, G=8"),
     ),
@@ -133,7 +133,8 @@ CLAIMS = {
     ),
     "spo": Claim(
         "Single-stream PO (arXiv:2509.13232)",
-        "without groups, as good as GRPO or better at the same number of samples",
+        "without groups higher accuracy than GRPO (3.4 points of maj@32 with Qwen3-8B), and no "
+        "compute on groups that teach nothing",
         ("GRPO", "SPO"),
         ("GRPO, G=8", "SPO, G=1, as many completions"),
     ),
