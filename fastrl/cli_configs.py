@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastrl.errors import InputError
 
@@ -33,3 +34,41 @@ def run_or_config(words: list[str], prog: str) -> tuple[Config, Path | None]:
             raise InputError(f"{run_directory} is not a run: it has no config.toml")
         words = [str(run_directory / "config.toml"), *words[1:]]
     return config_of(words, prog), run_directory
+
+
+def model_or_config(source: Path, defaults: Config) -> tuple[Config, bool]:
+    """The config of a run or a TOML file; or `defaults` with the model of a Hugging Face directory
+    or of a file such as its config.json. Whether it is the former.
+    """
+    from dataclasses import replace
+
+    from fastrl.config import ModelConfig
+    from fastrl.config_io import load_config
+
+    if source.is_dir() and not (source / "config.json").is_file():
+        if not (source / "config.toml").is_file():
+            raise InputError(
+                f"{source} has neither config.json nor config.toml; give a Hugging Face model "
+                "directory, a run or a config"
+            )
+        source = source / "config.toml"
+    if not source.exists():
+        raise InputError(
+            f"no model directory and no config at {source}; nothing is downloaded, so give a path"
+        )
+    if source.suffix == ".toml":
+        return load_config(source), True
+    if source.is_file() and source.suffix != ".json":
+        raise InputError(f"{source} is neither a directory nor a .json or .toml file")
+    return replace(defaults, model=ModelConfig(path=str(source))), False
+
+
+def model_fields(path: Path) -> dict[str, Any]:
+    """What a config.json, by whatever name, says of a model."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no JSON: {error}") from error
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise InputError(f"{path} has no model_type; give the config.json of a model")
+    return fields

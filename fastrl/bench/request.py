@@ -6,13 +6,13 @@ Legend: P prompts, G num_generations, R completion tokens.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastrl.cli_configs import model_fields, model_or_config
 from fastrl.config import Config, ModelConfig, RolloutConfig
-from fastrl.config_io import load_config, override_config
+from fastrl.config_io import override_config
 from fastrl.errors import InputError
 from fastrl.words import no_more, take_json_path, take_path, take_switch, take_value
 
@@ -110,23 +110,10 @@ def _config_of(source: Path, given: dict[str, str | None]) -> tuple[Config, froz
     """The config that the flags change, and the fields that neither it nor they decide."""
     flags = ("--max-tokens-per-pass", "--precision")
     free = {"model", *(FIELDS[flag] for flag in flags if not given[flag])}
-    if source.is_dir() and not (source / "config.json").is_file():
-        if not (source / "config.toml").is_file():
-            raise InputError(
-                f"{source} has neither config.json nor config.toml; give a Hugging Face model "
-                "directory, a run or a config"
-            )
-        source = source / "config.toml"
-    if not source.exists():
-        raise InputError(
-            f"no model directory and no config at {source}; nothing is downloaded, so give a path"
-        )
-    if source.suffix == ".toml":
-        return dataclasses.replace(load_config(source), prompts_per_step=4), frozenset()
-    if source.is_file() and source.suffix != ".json":
-        raise InputError(f"{source} is neither a directory nor a .json or .toml file")
-    model = ModelConfig(path=str(source))
-    return dataclasses.replace(DEFAULTS, model=model), frozenset(free)
+    config, is_run = model_or_config(source, DEFAULTS)
+    if is_run:
+        return dataclasses.replace(config, prompts_per_step=4), frozenset()
+    return config, frozenset(free)
 
 
 def _model_of(model: ModelConfig) -> tuple[Path | None, Path | dict[str, Any]]:
@@ -143,12 +130,7 @@ def _model_of(model: ModelConfig) -> tuple[Path | None, Path | dict[str, Any]]:
         return (path if has_weights else None), path
     if not path.is_file():
         raise InputError(f"no model directory at {path}; give a local Hugging Face directory")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}") from error
-    if not isinstance(fields, dict) or "model_type" not in fields:
-        raise InputError(f"{path} has no model_type; give the config.json of a model")
+    model_fields(path)
     return None, path
 
 

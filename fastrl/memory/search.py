@@ -1,0 +1,147 @@
+"""The fastest settings whose plan stays within a limit.
+
+Candidates are tried from the fastest on, and the first that fits is the answer. What has not fit
+rules others out before they are planned: those that would need no less in the phase that was too
+large. A phase of sampling depends on what else is on the device and on the room for keys and
+values, one of training on all but that room. More tokens in a pass, more workspace, activations
+that are kept rather than computed again and larger chunks never need less, where all else is the
+same and a step has one pass in both or several in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+from fastrl.config import Config
+from fastrl.errors import InputError
+from fastrl.memory.knobs import ROUNDED, Candidate, Knobs
+from fastrl.memory.plan import MemoryPlan
+
+SAMPLING = ("rollout", "evaluate")
+Planner = Callable[[Config], MemoryPlan]
+
+
+class Fit(NamedTuple):
+    """What was found."""
+
+    candidate: Candidate
+    plan: MemoryPlan
+    num_plans: int
+    """How many were made on the way."""
+
+
+class Needs(NamedTuple):
+    """What a phase takes is a function of: alike in `kind`, it grows with each of `size`."""
+
+    kind: tuple[Any, ...]
+    size: tuple[float, ...]
+
+    def includes(self, other: Needs) -> bool:
+        """Whether it takes no less than the other."""
+        pairs = zip(self.size, other.size, strict=True)
+        return self.kind == other.kind and all(mine >= its for mine, its in pairs)
+
+
+def needs_of(candidate: Candidate, *, samples: bool) -> Needs:
+    """Of the phases that sample, or of those that train."""
+    x = candidate.settings
+    chunk = x.mlp_chunk_size or float("inf")
+    if samples:
+        cache = float("inf") if x.kv_cache_gib is None else x.kv_cache_gib
+        return Needs((True, x.optimizer, x.reference), (cache, chunk))
+    kept = 2 - x.checkpointing - x.offloading
+    return Needs(
+        (False, x.optimizer, x.reference, x.in_backward, candidate.is_single),
+        (candidate.num_tokens, x.workspace_mb, kept, chunk),
+    )
+
+
+def fastest(knobs: Knobs, limit: int, plan_of: Planner) -> Fit | None:
+    """The candidate that takes least time by the cost model; None where nothing fits.
+
+    A reference that rounds is taken where nothing else fits, in 8 bits before 4.
+    """
+    failed: list[Needs] = []
+    num_plans = 0
+    tried: set[tuple[str, ...]] = set()
+    for rounded in ((), ROUNDED[:1], ROUNDED):
+        references = tuple(knobs.references(rounded=rounded))
+        if references in tried:
+            continue
+        tried.add(references)
+        candidates = knobs.candidates(rounded=rounded)
+        # Where the least of a kind is too large, so is all of it.
+        for order in (least_of_kinds(candidates), candidates):
+            for candidate in order:
+                if _is_ruled_out(candidate, failed):
+                    continue
+                plan = plan_of(candidate.settings.of(knobs.config))
+                num_plans += 1
+                if plan.needed > limit:
+                    failed.append(needs_of(candidate, samples=plan.highest.name in SAMPLING))
+                elif order is candidates:
+                    return Fit(candidate, plan, num_plans)
+    return None
+
+
+def _is_ruled_out(candidate: Candidate, failed: Collection[Needs]) -> bool:
+    both = [needs_of(candidate, samples=samples) for samples in (True, False)]
+    return any(needs.includes(other) for needs in both for other in failed)
+
+
+def least_of_kinds(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Of the candidates whose training phases can be compared, that which takes least."""
+    found: dict[tuple[Any, ...], tuple[tuple[float, ...], Candidate]] = {}
+    for candidate in candidates:
+        train, sample = (needs_of(candidate, samples=x) for x in (False, True))
+        size = (*train.size, *sample.size)
+        if train.kind not in found or size < found[train.kind][0]:
+            found[train.kind] = (size, candidate)
+    return [candidate for _, candidate in found.values()]
+
+
+def smallest(knobs: Knobs, plan_of: Planner) -> Fit:
+    """The candidate that needs least: the least of every kind, then of its neighbours."""
+    candidates = knobs.candidates(rounded=ROUNDED)
+    ends = least_of_kinds(candidates)
+    found = _least(ends, knobs, plan_of)
+    near = [x for x in candidates if _num_different(x, found.candidate) == 1]
+    nearest = _least([found.candidate, *near], knobs, plan_of)
+    return nearest._replace(num_plans=found.num_plans + nearest.num_plans)
+
+
+def _least(candidates: list[Candidate], knobs: Knobs, plan_of: Planner) -> Fit:
+    plans = [plan_of(x.settings.of(knobs.config)) for x in candidates]
+    index = min(range(len(plans)), key=lambda i: (plans[i].needed, i))
+    return Fit(candidates[index], plans[index], len(plans))
+
+
+def _num_different(one: Candidate, other: Candidate) -> int:
+    return sum(x != y for x, y in zip(one.settings, other.settings, strict=True))
+
+
+def knobs_for(config: Config, sizes: Any, device: str, plan_of: Planner) -> Knobs:
+    """The knobs that the model has: those stay as they are with which it cannot be planned.
+
+    Raises InputError where the config itself cannot be.
+    """
+    plan_of(config)
+    knobs = Knobs(config, sizes, device)
+    checkpointing = True if not knobs.own.offloading else knobs.own.checkpointing
+    tries = {
+        "checkpointing": {"checkpointing": checkpointing},
+        "mlp_chunk_size": {"mlp_chunk_size": knobs.chunks()[-1]},
+        "reference": {"reference": knobs.references()[-1]},
+        "kv_cache_gib": {"kv_cache_gib": knobs.caches()[0]},
+    }
+    fixed = set()
+    for name, changes in tries.items():
+        changed = knobs.own._replace(**changes)
+        if changed == knobs.own or knobs.candidate(changed) is None:
+            continue
+        try:
+            plan_of(changed.of(config))
+        except InputError:
+            fixed.add(name)
+    return Knobs(config, sizes, device, fixed=frozenset(fixed))
