@@ -60,7 +60,7 @@ CARDS = {
     "rtxa2000-6": _plain(6), "rtxa2000-12": _plain(12), "rtxa4000": _plain(16),
     "rtxa4500": _plain(20), "rtxa5000": _plain(24), "rtxa5500": _plain(24),
     "rtxa6000": _plain(48), "rtx6000ada": _with_ecc(48, 44.43), "rtxpro6000": _plain(96),
-    "t4": _with_ecc(16, 15843721216 / GIB), "p100": _plain(16), "v100-16": _plain(16),
+    "t4": _with_ecc(16, 14.74), "p100": _plain(16), "v100-16": _plain(16),
     "v100-32": _plain(32, 31.74), "a2": _with_ecc(16), "a10": _with_ecc(24), "a10g": _with_ecc(24),
     "a16": _with_ecc(16), "a30": _plain(24), "a40": _with_ecc(48), "a100-40": _plain(40, 39.50),
     "a100-80": _plain(80, 79.25), "l4": _with_ecc(24), "l40": _with_ecc(48, 44.40),

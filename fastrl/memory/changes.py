@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fastrl.errors import InputError
-from fastrl.memory.knobs import PATHS, Candidate, Knobs, Settings
+from fastrl.memory.knobs import PATHS, ROUNDED, Candidate, Knobs, Settings
 from fastrl.memory.plan import GIB, MemoryPlan
 from fastrl.memory.report import gib
 from fastrl.memory.search import Planner
@@ -122,7 +122,7 @@ def single_changes(knobs: Knobs, plan_of: Planner) -> list[Remedy]:
     own, before = knobs.candidate(knobs.own), plan_of(knobs.config).needed
     assert own is not None, "a config that runs can hold a completion"
     best: dict[str, Remedy] = {}
-    for candidate in _neighbours(knobs):
+    for candidate in knobs.neighbours(knobs.own, rounded=ROUNDED[:1]):
         names = changed(knobs.own, candidate.settings)
         try:
             saved = before - plan_of(candidate.settings.of(knobs.config)).needed
@@ -135,25 +135,6 @@ def single_changes(knobs: Knobs, plan_of: Planner) -> list[Remedy]:
         if names[0] not in best or slower < best[names[0]].slower:
             best[names[0]] = remedy
     return sorted(best.values(), key=lambda x: (x.slower, -x.saved))
-
-
-def _neighbours(knobs: Knobs) -> list[Candidate]:
-    """One change away from the config as it is."""
-    own = knobs.own
-    others = [own._replace(max_tokens_per_pass=x) for x in knobs.budgets(knobs.config)]
-    others += [own._replace(workspace_mb=x) for x in knobs.workspaces()]
-    others += [own._replace(checkpointing=x, offloading=y) for x, y in knobs.modes()]
-    others += [own._replace(mlp_chunk_size=x) for x in knobs.chunks()]
-    others += [own._replace(optimizer=x) for x in knobs.optimizers()]
-    others += [own._replace(in_backward=x) for x in knobs.in_backwards()]
-    others += [own._replace(reference=x) for x in knobs.references(rounded=("8bit",))]
-    others += [own._replace(kv_cache_gib=x) for x in knobs.caches()]
-    found = []
-    for settings in others:
-        candidate = knobs.candidate(settings) if settings != own else None
-        if candidate is not None:
-            found.append(candidate)
-    return found
 
 
 def _assignments(names: list[str], settings: Settings) -> str:

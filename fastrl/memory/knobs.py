@@ -261,6 +261,19 @@ class Knobs:
         largest = max(x.num_tokens for x in work.passes)
         return Candidate(settings, cost, largest, len(work.passes) == 1)
 
+    def neighbours(self, own: Settings, *, rounded: Sequence[str] = ()) -> list[Candidate]:
+        """Those that differ from given settings in one of them; checkpointing with offloading."""
+        others = [own._replace(max_tokens_per_pass=x) for x in self.budgets(own.of(self.config))]
+        others += [own._replace(workspace_mb=x) for x in self.workspaces()]
+        others += [own._replace(checkpointing=x, offloading=y) for x, y in self.modes()]
+        others += [own._replace(mlp_chunk_size=x) for x in self.chunks()]
+        others += [own._replace(optimizer=x) for x in self.optimizers()]
+        others += [own._replace(in_backward=x) for x in self.in_backwards()]
+        others += [own._replace(reference=x) for x in self.references(rounded=rounded)]
+        others += [own._replace(kv_cache_gib=x) for x in self.caches()]
+        found = [self.candidate(settings) for settings in dict.fromkeys(others) if settings != own]
+        return [candidate for candidate in found if candidate is not None]
+
 
 def _num_changes(own: Settings, other: Settings) -> int:
     return sum(x != y for x, y in zip(own, other, strict=True))

@@ -10,6 +10,7 @@ same and a step has one pass in both or several in both.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ def fastest(knobs: Knobs, limit: int, plan_of: Planner) -> Fit | None:
         tried.add(references)
         candidates = knobs.candidates(rounded=rounded)
         # Where the least of a kind is too large, so is all of it.
-        for order in (least_of_kinds(candidates), candidates):
+        for order in (least_of_kinds(knobs, rounded=rounded), candidates):
             for candidate in order:
                 if _is_ruled_out(candidate, failed):
                     continue
@@ -90,23 +91,34 @@ def _is_ruled_out(candidate: Candidate, failed: Collection[Needs]) -> bool:
     return any(needs.includes(other) for needs in both for other in failed)
 
 
-def least_of_kinds(candidates: Sequence[Candidate]) -> list[Candidate]:
+def least_of_kinds(knobs: Knobs, *, rounded: Sequence[str] = ()) -> list[Candidate]:
     """Of the candidates whose training phases can be compared, that which takes least."""
-    found: dict[tuple[Any, ...], tuple[tuple[float, ...], Candidate]] = {}
-    for candidate in candidates:
-        train, sample = (needs_of(candidate, samples=x) for x in (False, True))
-        size = (*train.size, *sample.size)
-        if train.kind not in found or size < found[train.kind][0]:
-            found[train.kind] = (size, candidate)
-    return [candidate for _, candidate in found.values()]
+    checkpointing, offloading = max(knobs.modes(), key=sum)
+    cache = min(knobs.caches(), key=lambda gib: float("inf") if gib is None else gib)
+    base = knobs.own._replace(
+        checkpointing=checkpointing, offloading=offloading, kv_cache_gib=cache,
+        mlp_chunk_size=min(knobs.chunks(), key=lambda size: size or float("inf")),
+    )  # fmt: skip
+    budgets = knobs.budgets(base.of(knobs.config))
+    found: dict[Needs, Candidate] = {}
+    for optimizer, reference, in_backward, budget, workspace in itertools.product(
+        knobs.optimizers(), knobs.references(rounded=rounded), knobs.in_backwards(),
+        (budgets[0], budgets[-1]), sorted(knobs.workspaces(), reverse=True),
+    ):  # fmt: skip
+        candidate = knobs.candidate(base._replace(
+            optimizer=optimizer, reference=reference, in_backward=in_backward,
+            max_tokens_per_pass=budget, workspace_mb=workspace,
+        ))  # fmt: skip
+        if candidate is not None:
+            needs = needs_of(candidate, samples=False)
+            found[needs._replace(size=needs.size[:1])] = candidate  # the last has least workspace
+    return list(found.values())
 
 
 def smallest(knobs: Knobs, plan_of: Planner) -> Fit:
     """The candidate that needs least: the least of every kind, then of its neighbours."""
-    candidates = knobs.candidates(rounded=ROUNDED)
-    ends = least_of_kinds(candidates)
-    found = _least(ends, knobs, plan_of)
-    near = [x for x in candidates if _num_different(x, found.candidate) == 1]
+    found = _least(least_of_kinds(knobs, rounded=ROUNDED), knobs, plan_of)
+    near = knobs.neighbours(found.candidate.settings, rounded=ROUNDED)
     nearest = _least([found.candidate, *near], knobs, plan_of)
     return nearest._replace(num_plans=found.num_plans + nearest.num_plans)
 
@@ -115,10 +127,6 @@ def _least(candidates: list[Candidate], knobs: Knobs, plan_of: Planner) -> Fit:
     plans = [plan_of(x.settings.of(knobs.config)) for x in candidates]
     index = min(range(len(plans)), key=lambda i: (plans[i].needed, i))
     return Fit(candidates[index], plans[index], len(plans))
-
-
-def _num_different(one: Candidate, other: Candidate) -> int:
-    return sum(x != y for x, y in zip(one.settings, other.settings, strict=True))
 
 
 def knobs_for(config: Config, sizes: Any, device: str, plan_of: Planner) -> Knobs:
