@@ -177,6 +177,21 @@ def bytes_a_parameter(rows: list[Row]) -> Measured:
     raise ValueError(f"no row of {name!r} tells its peak")
 
 
+def longest_context(budget: int, name: str) -> Callable[[list[Row]], Measured]:
+    """Tokens of the longest context in so many MiB; of one that has no end there, the longest that
+    was tried.
+    """
+
+    def measure(rows: list[Row]) -> Measured:
+        row = find(rows, f"frontier {budget} MiB, G=2, half prompt, float32", name)
+        tokens = re.search(r"context (?:at least )?(\d+) tokens", row["note"])
+        if not row["correct"] or not tokens:
+            raise ValueError(f"{name!r} has no context in {budget} MiB: {row['note']}")
+        return Measured(int(tokens[1]))
+
+    return measure
+
+
 def spilling(rows: list[Row]) -> Measured:
     """Compiled kernels that spill registers or do not fit into shared memory."""
     return Measured(sum(bool(row["spilled_bytes"]) or not row["fits"] for row in rows))

@@ -23,6 +23,7 @@ from measures import (
     gain,
     inverse,
     kept_keys_and_values,
+    longest_context,
     most,
     not_sharing,
     of_floor,
@@ -116,6 +117,10 @@ QUANTITIES: dict[str, Quantity] = {
     "long_update_time": Quantity("trainer", "x", against_best(f"update {LONG}", "fastrl", "TRL")),
     "long_update_memory": Quantity(
         "trainer", "x", against_best(f"update {LONG}", "fastrl", "TRL", MEMORY)
+    ),
+    "longest_context": Quantity("frontier", "", longest_context(512, "fastrl, recomputing")),
+    "longest_context_of_trl": Quantity(
+        "frontier", "", longest_context(512, "TRL GRPOTrainer, recomputing")
     ),
     "astar_time_of_grpo": Quantity(
         "methods", "x", against(OF_METHODS, "fastrl A*-PO, G=1", "fastrl GRPO, G=8")
