@@ -3,6 +3,8 @@
 Legend: R rows, D hidden, V vocabulary.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -40,5 +42,13 @@ def head_logits(
     )
     out = hidden_states.new_empty(num_rows, head.num_columns, dtype=dtype)
     columns = slice(0, head.num_columns)
-    write_logits(out, chunk, head, columns, adapted(chunk, head, padded=False), padded=False)
+    with _full_precision(hidden_states.device.type):
+        write_logits(out, chunk, head, columns, adapted(chunk, head, padded=False), padded=False)
     return out
+
+
+def _full_precision(device: str) -> contextlib.AbstractContextManager[object]:
+    """No autocast within, on devices that have it."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
