@@ -91,7 +91,7 @@ def card_of(text: str, name: str) -> Card:
     for wanted in (key, f"rtx{key}"):
         if wanted in by_key:
             return CARDS[by_key[wanted]]
-        sizes = [card for card in CARDS if _key(card.rpartition("-")[0]) == wanted]
+        sizes = [card for card in CARDS if "-" in card and _key(card.split("-")[0]) == wanted]
         if sizes:
             raise InputError(f"{name} {text!r} comes in several sizes; give {' or '.join(sizes)}")
     close = get_close_matches(key, list(CARDS), n=3, cutoff=0.5)

@@ -10,6 +10,7 @@ Legend: T packed tokens, S rows at the head, P, R, G, D, V, L as in `work`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
 from fastrl.config import Config
@@ -109,10 +110,10 @@ class Pricer:
         if "ref_logps" not in requirements(method):
             return 0.0
         found = 0.0
-        for one in self.work.passes:
+        for one, count in Counter(self.work.passes).items():
             forward = self.layers(one.num_tokens)
             head = 2.0 * one.num_rows * self.sizes.head_values
-            found += forward + head + self._reference(forward)
+            found += count * (forward + head + self._reference(forward))
         return found * self._parts()
 
     def _parts(self) -> int:
@@ -131,7 +132,7 @@ class Pricer:
 
     def update(self) -> float:
         """Forward and backward passes of all optimizer steps."""
-        found = sum(self._pass(one) for one in self.work.passes)
+        found = sum(count * self._pass(one) for one, count in Counter(self.work.passes).items())
         if self.config.optim.in_backward == "two_phase" and len(self.work.passes) == 1:
             found *= 2
         return found * self.work.num_steps
