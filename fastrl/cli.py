@@ -31,6 +31,7 @@ commands:
   explain [FIELD]                                       what a field of the config is
   tasks [WORD]                                          tasks to train on, with their parameters
   bench MODEL_OR_CONFIG [--ARGUMENT VALUE ...]          what each technique gives, settings for it
+  plan MODEL_OR_CONFIG [--gpu CARD] [--fit]             memory of each phase, settings that fit
   doctor                                                what is installed and which kernels will run
 
 `fastrl train --help` lists every field with its default."""
@@ -48,9 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(version("fastrl-llm"))
         return 0
     command = COMMANDS.get(words[0])
-    if words[0] not in ("train", "eval", "score", "vstar", "bench") and {"-h", "--help"} & set(
-        words
-    ):
+    if words[0] not in WITH_HELP and {"-h", "--help"} & set(words):
         print(USAGE)
         return 0
     try:
@@ -246,6 +245,17 @@ def _bench(words: list[str]) -> int:
     return int(any(row["is_correct"] is False for row in record["techniques"]))
 
 
+def _plan(words: list[str]) -> int:
+    from fastrl import cli_plan
+
+    if {"-h", "--help"} & set(words):
+        print(cli_plan.USAGE)
+        return 0
+    asked = cli_plan.take_request(words)
+    _prepare_libraries()
+    return cli_plan.run(asked)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
@@ -256,8 +266,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "explain": _explain,
     "tasks": _tasks,
     "bench": _bench,
+    "plan": _plan,
     "doctor": _doctor,
 }
+WITH_HELP = ("train", "eval", "score", "vstar", "bench", "plan")
+"""Commands that tell more than how they are called."""
 
 
 def _shown(value: float | None) -> str:

@@ -133,8 +133,9 @@ class Knobs:
         return [own, *(other for other in others if other != own)]
 
     def chunks(self) -> list[int]:
-        """Tokens that an MLP looks at together."""
-        return self._choices("mlp_chunk_size", (0, *CHUNKS))
+        """Tokens that an MLP looks at together, where a pass can have more."""
+        most = budgets(self.config, self.sizes)[1]
+        return self._choices("mlp_chunk_size", (0, *(size for size in CHUNKS if size < most)))
 
     def optimizers(self) -> list[str]:
         """Moments in the memory of the CPU have the bits of those on a GPU."""

@@ -20,6 +20,8 @@ from fastrl.memory.knobs import ROUNDED, Candidate, Knobs
 from fastrl.memory.plan import MemoryPlan
 
 SAMPLING = ("rollout", "evaluate")
+FIRST = 3
+"""Candidates that are tried before anything is known."""
 Planner = Callable[[Config], MemoryPlan]
 
 
@@ -72,8 +74,10 @@ def fastest(knobs: Knobs, limit: int, plan_of: Planner) -> Fit | None:
             continue
         tried.add(references)
         candidates = knobs.candidates(rounded=rounded)
-        # Where the least of a kind is too large, so is all of it.
-        for order in (least_of_kinds(knobs, rounded=rounded), candidates):
+        # Where the least of a kind is too large, so is all of it; none has to be known where one of
+        # the fastest fits.
+        least = least_of_kinds(knobs, rounded=rounded)
+        for order in (candidates[:FIRST], least, candidates):
             for candidate in order:
                 if _is_ruled_out(candidate, failed):
                     continue
@@ -81,7 +85,7 @@ def fastest(knobs: Knobs, limit: int, plan_of: Planner) -> Fit | None:
                 num_plans += 1
                 if plan.needed > limit:
                     failed.append(needs_of(candidate, samples=plan.highest.name in SAMPLING))
-                elif order is candidates:
+                elif order is not least:
                     return Fit(candidate, plan, num_plans)
     return None
 
@@ -109,17 +113,23 @@ def least_of_kinds(knobs: Knobs, *, rounded: Sequence[str] = ()) -> list[Candida
             optimizer=optimizer, reference=reference, in_backward=in_backward,
             max_tokens_per_pass=budget, workspace_mb=workspace,
         ))  # fmt: skip
-        if candidate is not None:
+        repeats = in_backward == "two_phase" != knobs.own.in_backward
+        if candidate is not None and (candidate.is_single or not repeats):
             needs = needs_of(candidate, samples=False)
             found[needs._replace(size=needs.size[:1])] = candidate  # the last has least workspace
     return list(found.values())
 
 
 def smallest(knobs: Knobs, plan_of: Planner) -> Fit:
-    """The candidate that needs least: the least of every kind, then of its neighbours."""
+    """The candidate that needs least: the least of every kind, and those next to it whose layers
+    keep other activations, which in small models may take more memory for keeping less.
+    """
     found = _least(least_of_kinds(knobs, rounded=ROUNDED), knobs, plan_of)
-    near = knobs.neighbours(found.candidate.settings, rounded=ROUNDED)
-    nearest = _least([found.candidate, *near], knobs, plan_of)
+    own = found.candidate.settings
+    near = [own._replace(checkpointing=x, offloading=y) for x, y in knobs.modes()]
+    near += [own._replace(mlp_chunk_size=size) for size in knobs.chunks()]
+    others = (knobs.candidate(settings) for settings in dict.fromkeys(near) if settings != own)
+    nearest = _least([found.candidate, *filter(None, others)], knobs, plan_of)
     return nearest._replace(num_plans=found.num_plans + nearest.num_plans)
 
 
@@ -137,19 +147,28 @@ def knobs_for(config: Config, sizes: Any, device: str, plan_of: Planner) -> Knob
     plan_of(config)
     knobs = Knobs(config, sizes, device)
     checkpointing = True if not knobs.own.offloading else knobs.own.checkpointing
-    tries = {
+    tries: dict[str, dict[str, Any]] = {
         "checkpointing": {"checkpointing": checkpointing},
         "mlp_chunk_size": {"mlp_chunk_size": knobs.chunks()[-1]},
         "reference": {"reference": knobs.references()[-1]},
-        "kv_cache_gib": {"kv_cache_gib": knobs.caches()[0]},
+        "kv_cache_gib": {"kv_cache_gib": knobs.caches()[-1]},
     }
-    fixed = set()
-    for name, changes in tries.items():
-        changed = knobs.own._replace(**changes)
-        if changed == knobs.own or knobs.candidate(changed) is None:
-            continue
-        try:
-            plan_of(changed.of(config))
-        except InputError:
-            fixed.add(name)
+    together = {name: value for changes in tries.values() for name, value in changes.items()}
+    if _can_plan(knobs, together, plan_of):
+        return knobs
+    fixed = {name for name, changes in tries.items() if not _can_plan(knobs, changes, plan_of)}
     return Knobs(config, sizes, device, fixed=frozenset(fixed))
+
+
+def _can_plan(knobs: Knobs, changes: dict[str, Any], plan_of: Planner) -> bool:
+    """Whether the model can be planned with settings changed; not whether a pass is too small."""
+    changed = knobs.own._replace(**changes)
+    least = knobs.budgets(changed.of(knobs.config))[0]
+    changed = changed._replace(max_tokens_per_pass=max(least, changed.max_tokens_per_pass))
+    if changed == knobs.own or knobs.candidate(changed) is None:
+        return True
+    try:
+        plan_of(changed.of(knobs.config))
+    except InputError:
+        return False
+    return True
