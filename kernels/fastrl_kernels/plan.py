@@ -12,6 +12,7 @@ hidden states without gradient. `one_pass` adds every chunk to a float32 gradien
 weight; `min_memory` writes each row of it once.
 """
 
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ SCALARS_PER_ROW = 32  # ids, temperatures, maxima, sums and slopes of one row
 # Operations that a device does in the time of moving one byte: the price of adding every chunk to
 # the gradient of the weight. Ratios of a 2-core CPU (measured) and of data sheets (H100, H200).
 FLOPS_PER_BYTE = {"cpu": 15, "cuda": 150}
+meant_device: ContextVar[str] = ContextVar("meant_device", default="cpu")
+"""Type of the device that tensors on "meta" stand for."""
 
 
 class Shape(NamedTuple):
@@ -71,7 +74,7 @@ class Plan(NamedTuple):
 def shape_of(hidden_states: Tensor, lm_head: LMHead | Tensor) -> Shape:
     """Read off tensors, real or fake; what requires no gradient is not trained."""
     head = as_lm_head(lm_head)
-    weight = head.weight
+    weight, device = head.weight, hidden_states.device.type
     return Shape(
         num_tokens=hidden_states.shape[0],
         hidden_size=hidden_states.shape[1],
@@ -80,7 +83,7 @@ def shape_of(hidden_states: Tensor, lm_head: LMHead | Tensor) -> Shape:
         dtype=hidden_states.dtype,
         trains_hidden=hidden_states.requires_grad,
         trains_weight=isinstance(weight, Tensor) and weight.requires_grad,
-        device=hidden_states.device.type,
+        device=meant_device.get() if device == "meta" else device,
     )
 
 

@@ -7,6 +7,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+NUM_TABLES = 4
+"""Of positions that are kept."""
+
 
 def random_bits(start: int, count: int, key: int, device: torch.device) -> Tensor:
     """(count,) int32 of 32 random bits each: those of positions start, start + 1 and so on.
@@ -25,7 +28,7 @@ def random_bits(start: int, count: int, key: int, device: torch.device) -> Tenso
     return bits
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=NUM_TABLES)
 def _positions(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, dtype=torch.int32, device=device)
 
