@@ -44,6 +44,7 @@ class TrainerState:
     best_step: int | None = None  # that with the best held-out pass@1 so far, the first of equals
     best_pass_at_1: float | None = None
     num_worse: int = 0  # evaluations since then
+    memory: dict[str, Any] = field(default_factory=dict)  # sizes that memory has made smaller
 
     def judged(self, step: int, pass_at_1: float) -> TrainerState:
         """The state after a held-out evaluation of the weights of `step`."""
@@ -61,6 +62,11 @@ class TrainerState:
 
 class Stateful(Protocol):
     """What learns: optimizers, and a value model if there is one."""
+
+    @property
+    def num_begun(self) -> int:
+        """Optimizer steps in which a weight has moved."""
+        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -50,6 +50,12 @@ class Learner:
         """Those of the policy that are trained."""
         return [p for group in self.stepper.optimizer.param_groups for p in group["params"]]
 
+    @property
+    def num_begun(self) -> int:
+        """Optimizer steps in which a weight has moved, of one that failed half-way too."""
+        of_values = 0 if self.critic_stepper is None else self.critic_stepper.num_begun
+        return self.stepper.num_begun + of_values
+
     def copy_of_weights(self) -> list[Tensor]:
         """Where a step begins, to come back to."""
         if self.config.model.precision in ("split", "stochastic"):
@@ -111,6 +117,7 @@ class Learner:
             backward(index)
             if of_values is not None and index == num_passes - 1:
                 check_gradient(of_values.optimizer)
+                of_values.reserve(with_gradient(of_values.optimizer))
 
         try:
             norm = 0.0
@@ -157,7 +164,12 @@ def make_stepper(config: Config, module: nn.Module, learning_rate: float, *, nam
 
 def check_gradient(optimizer: torch.optim.Optimizer) -> None:
     """NotFiniteError if a gradient has an element that is not finite."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-                raise NotFiniteError("the gradient of the value model is not finite")
+    for parameter in with_gradient(optimizer):
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            raise NotFiniteError("the gradient of the value model is not finite")
+
+
+def with_gradient(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters that have one now."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [parameter for parameter in parameters if parameter.grad is not None]

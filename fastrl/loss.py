@@ -6,21 +6,37 @@ Legend: N packed tokens, D hidden, S trained tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastrl.config import Config
 from fastrl.critic import Critic, ValueRecord, pass_value_loss
-from fastrl.errors import NotFiniteError
+from fastrl.errors import InputError, NotFiniteError
 from fastrl.methods.record import Choice
 from fastrl.packing import PackedPass, Plan
 from fastrl.phases import Prepared, TokenStatistics
 from fastrl.policy import Policy
 from fastrl.reference import Reference
 from fastrl.types import Batch
-from fastrl_kernels import LMHead, PolicyLoss, linear_logps, policy_loss
+from fastrl_kernels import LMHead, PolicyLoss, explain, linear_logps, policy_loss
 from fastrl_kernels.objectives import Objective, Parameter
+
+WORKSPACE_MB = Config.workspace_mb
+"""MiB of a loss at the head, where a caller says nothing else."""
+
+
+def check_workspace(policy: Policy, workspace_mb: float) -> None:
+    """Raise InputError where not even one row of logits finds room in a workspace."""
+    head, size = LMHead.from_model(policy.model), policy.model.config.get_text_config().hidden_size
+    row = torch.zeros(1, size, dtype=policy.head_dtype, device=policy.device)
+    try:
+        explain(row, head, workspace_mb=workspace_mb)
+        explain(row.requires_grad_(), head, workspace_mb=workspace_mb)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 class Measured(NamedTuple):
@@ -35,26 +51,26 @@ NOT_MEASURED = Measured([], None)
 
 def measure(
     policy: Policy, passes: Sequence[PackedPass], temperature: float, *,
-    critic: Critic | None = None, keeps_graph: bool = True,
+    critic: Critic | None = None, keeps_graph: bool = True, workspace_mb: float = WORKSPACE_MB,
 ) -> Measured:  # fmt: skip
     """Statistics of every token. The layers of a single pass run with gradient, so that they need
     not run again for the loss; those of several would not fit into memory together.
 
     keeps_graph: False where the layers have to run again for the loss in any case.
     """
+    look = partial(token_statistics, policy, critic=critic, workspace_mb=workspace_mb)
     if len(passes) > 1 or not keeps_graph:
-        statistics = [token_statistics(policy, x.plan, temperature, critic=critic) for x in passes]
-        return Measured(statistics, None)
+        return Measured([look(item.plan, temperature) for item in passes], None)
     plan = passes[0].plan
     hidden_states = policy.hidden_states(plan)
-    statistics = [token_statistics(policy, plan, temperature, hidden_states, critic=critic)]
-    return Measured(statistics, hidden_states)
+    return Measured([look(plan, temperature, hidden_states)], hidden_states)
 
 
 @torch.no_grad()
 def token_statistics(
     policy: Policy | Reference, plan: Plan, temperature: float,
     hidden_states: Tensor | None = None, *, critic: Critic | None = None,
+    workspace_mb: float = WORKSPACE_MB,
 ) -> TokenStatistics:  # fmt: skip
     """What a policy thinks of the trained tokens, and what a value model does, without gradient.
 
@@ -64,7 +80,10 @@ def token_statistics(
     if hidden_states is None:
         hidden_states = policy.hidden_states(plan)
     head, rows = policy.lm_head, plan.source_index
-    found = linear_logps(hidden_states[rows], head, plan.target_ids, temperature=temperature)
+    found = linear_logps(
+        hidden_states[rows], head, plan.target_ids,
+        temperature=temperature, workspace_mb=workspace_mb,
+    )  # fmt: skip
     norms = torch.linalg.vector_norm(hidden_states, dim=1, dtype=found.logps.dtype)  # (N,)
     scale = head.logit_scale / temperature
     values = None
@@ -87,7 +106,7 @@ class PassBackward:
     def __init__(
         self, policy: Policy, ready: Prepared, temperature: float, hidden_states: Tensor | None, *,
         critic: Critic | None = None, value_choice: Choice | None = None,
-        trains_policy: bool = True,
+        trains_policy: bool = True, workspace_mb: float = WORKSPACE_MB,
     ) -> None:  # fmt: skip
         """hidden_states: (N, D) of the only pass, with gradient, where the layers have run."""
         self.policy = policy
@@ -97,6 +116,7 @@ class PassBackward:
         self.critic = critic
         self.value_choice = value_choice
         self.trains_policy = trains_policy
+        self.workspace_mb = workspace_mb
         self.losses: list[PassLosses] = []
 
     def __call__(self, index: int) -> None:
@@ -118,6 +138,7 @@ class PassBackward:
                 objective=constants.objective,
                 temperature=self.temperature,
                 entropy_coef=constants.entropy_coef,
+                workspace_mb=self.workspace_mb,
             )
             total = found.loss
             found = found._replace(loss=total.detach())
@@ -169,6 +190,7 @@ def _backward(loss: Tensor) -> None:
 def policy_pass_loss(
     hidden_states: Tensor, lm_head: LMHead, batch: Batch, *,
     objective: Objective, temperature: float, entropy_coef: Parameter,
+    workspace_mb: float = WORKSPACE_MB,
 ) -> PolicyLoss:  # fmt: skip
     """The share of one pass in the loss of the optimizer step, for hidden_states (N, D).
 
@@ -187,10 +209,15 @@ def policy_pass_loss(
         rollout_weights=batch.rollout_weights,
         temperature=temperature,
         entropy_coef=entropy_coef,
+        workspace_mb=workspace_mb,
     )
 
 
-def supervised_pass_loss(hidden_states: Tensor, lm_head: LMHead, batch: Batch) -> Tensor:
+def supervised_pass_loss(
+    hidden_states: Tensor, lm_head: LMHead, batch: Batch, *, workspace_mb: float = WORKSPACE_MB
+) -> Tensor:
     """Weighted negative log-likelihood of the target tokens, for hidden_states (N, D)."""
-    out = linear_logps(hidden_states[batch.source_index], lm_head, batch.target_ids)
+    out = linear_logps(
+        hidden_states[batch.source_index], lm_head, batch.target_ids, workspace_mb=workspace_mb
+    )
     return -torch.dot(batch.token_weights, out.logps)

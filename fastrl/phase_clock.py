@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,6 +25,10 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.has_phases = device.type == "cuda" or RESET.exists()
+        self.planned: Mapping[str, int] = {}
+        """Bytes that phases are expected to take, by their names."""
+        self.planned_highest: int | None = None
+        """Of all phases of the plan, those too that no clock looks at."""
         self._highest = 0
 
     @property
@@ -83,4 +88,10 @@ class PhaseClock:
         }
         if self.memory.has_phases:
             found |= {f"memory/{name}_gib": peak / GIB for name, peak in self.peaks.items()}
+            planned = self.memory.planned
+            found |= {
+                f"memory/{name}_plan_gib": planned[name] / GIB
+                for name in self.peaks
+                if name in planned
+            }
         return found

@@ -14,7 +14,8 @@ from typing import Any
 from fastrl.checkpoint import TrainerState
 from fastrl.config import Config
 from fastrl.evaluate import Evaluation
-from fastrl.trainer import StepOutput, Trainer
+from fastrl.step_output import StepOutput
+from fastrl.trainer import Trainer
 
 
 class RunLog:
@@ -89,6 +90,7 @@ def results_of(state: TrainerState, trainer: Trainer, evaluation: Evaluation) ->
         "num_tokens": state.num_tokens,
         "tokens_per_second": state.num_tokens / seconds if seconds else 0.0,
         "peak_memory_bytes": trainer.memory.highest,
+        "planned_memory_bytes": trainer.memory.planned_highest,
         "num_parameters": trainer.policy.num_parameters,
     }
 

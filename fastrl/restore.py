@@ -22,6 +22,8 @@ def restore(trainer: Trainer, directory: Path, checkpoint: Path) -> TrainerState
     if state.step > config.max_steps:
         raise InputError(f"max_steps is {config.max_steps} but {checkpoint.name} is past it")
     trainer.method = trainer.adaptation.load_state_dict(state.controllers, trainer.method)
+    trainer.recovery.load_state_dict(state.memory)
+    sampler.use_room()
     if state.prompts:
         sampler.stream.load_state_dict(state.prompts)
     else:  # a checkpoint of before the first step, or of before there were streams

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from fastrl.assembly import build_trainer
-from fastrl.checkpoint import (
-    REFERENCE,
-    Stateful,
-    TrainerState,
-    load_carried,
-    load_learner,
-    remove_old_checkpoints,
-    save_checkpoint,
-    save_policy,
-)
+from fastrl.checkpoint import REFERENCE, Stateful, TrainerState, load_learner, save_policy
 from fastrl.config import Config
 from fastrl.config_io import load_config, save_config
 from fastrl.determinism import deterministic
-from fastrl.errors import InputError, NotFiniteError
+from fastrl.errors import InputError
 from fastrl.evaluate import Evaluation
 from fastrl.held_out import evaluate_held_out
-from fastrl.inspection import save_batch
+from fastrl.memory.expected import Expected, built
+from fastrl.memory.limit import MemoryLimit, limit_of, resident_bytes
 from fastrl.methods.needs import requirements
 from fastrl.progress import make_progress
 from fastrl.reference import make_reference
@@ -43,7 +35,8 @@ from fastrl.run_directory import (
     refuse_own_input,
     starting_point,
 )
-from fastrl.stop_requests import Interrupted, stop_requests
+from fastrl.run_state import RunState
+from fastrl.stop_requests import stop_requests
 from fastrl.trainer import Trainer
 from fastrl.values.summary import ValueProgress
 from fastrl.warm_start import WarmStart
@@ -69,13 +62,15 @@ def train(
         check_resumable(load_config(run_directory / "config.toml"), config, allow_change)
     if overwrite:
         refuse_own_input(run_directory, config)
-    trainer = build_trainer(config, checkpoint)
+    limit, before = limit_of(config), resident_bytes()
+    trainer = built(lambda: build_trainer(config, checkpoint), config)
     with closing(trainer.sampler.scorer):
         state = TrainerState()
         if checkpoint is not None:
             state = restore(trainer, run_directory, checkpoint)
-        run = Run(config, run_directory, trainer, state, checkpoint)
-        run.notes += notes
+        expected = Expected(config, trainer.policy.device, before=before)
+        run = Run(config, run_directory, trainer, state, checkpoint, expected, limit)
+        run.notes += [*notes, *run.look_at_limit()]
         check_disk(run_directory, trainer, config.save)
         tokenizer = trainer.policy.tokenizer
         if replay_rollouts is not None:
@@ -96,21 +91,17 @@ def train(
             return run.execute()
 
 
-class Run:
+class Run(RunState):
     """One run in progress: the trainer, its state and its logs."""
 
     def __init__(
         self, config: Config, directory: Path, trainer: Trainer, state: TrainerState,
-        checkpoint: Path | None,
+        checkpoint: Path | None, expected: Expected, limit: MemoryLimit,
     ) -> None:  # fmt: skip
-        self.config = config
-        self.directory = directory
-        self.trainer = trainer
-        self.state = state
-        self.checkpoint = checkpoint
-        self.notes: list[str] = []
+        super().__init__(config, directory, trainer, state, checkpoint, expected, limit)
+        self.plan()
+        self.notes: list[str] = list(expected.notes)
         self.noted = False
-        self.carried = None if checkpoint is None else load_carried(checkpoint)
         self.eval_prompts = trainer.encode(trainer.task.eval_examples())
 
     def check_engine(self, step: int) -> list[str]:
@@ -136,7 +127,8 @@ class Run:
             self._say(self.notes)
             if self.state.pass_at_1_before is None:
                 self._warm_start()
-            self._reference()
+            with self.kept(self.trainer.learner):
+                self._reference()
             self._values()
             evaluation = self._train()
         save_policy(self.directory / "final", self.trainer.policy)
@@ -152,20 +144,21 @@ class Run:
             load_learner(self.checkpoint, phase.stepper)
         for step in range(self.state.warm_start_step, self.config.warm_start.steps):
             started = time.perf_counter()
-            with self._kept(phase.stepper):
+            with self.kept(phase.stepper):
                 loss = phase.train_step(step)
-            self._advance(time.perf_counter() - started, warm_start_step=step + 1)
+            self.advance(time.perf_counter() - started, warm_start_step=step + 1)
+            self._adapt(f"warm start step {step + 1}")
             self.progress.warm_start(step + 1, loss)
             if self.stop.requested:
-                self._interrupt(phase.stepper)
+                self.interrupt(phase.stepper)
         before = self._evaluate(phase.stepper)
         self.state = dataclasses.replace(self.state, pass_at_1_before=before.pass_at[1])
         if self.config.warm_start.steps:  # an engine may have kept a copy of earlier weights
-            with self._kept(phase.stepper):
+            with self.kept(phase.stepper):
                 self._say(self.check_engine(0))
         self.checkpoint = None
         if self.config.save.save_steps:
-            self._save(self.trainer.learner)
+            self.save(self.trainer.learner)
 
     def _reference(self) -> None:
         """Freeze the policy that training starts from, where the method stays close to it."""
@@ -185,10 +178,11 @@ class Run:
 
         def watch(progress: ValueProgress) -> None:
             self.progress.note(progress.line)
+            self._adapt("values of prompts")
             if self.stop.requested:
-                self._interrupt(self.trainer.learner)
+                self.interrupt(self.trainer.learner)
 
-        with self._kept(self.trainer.learner):
+        with self.kept(self.trainer.learner):
             summary = values.prepare(watch)
         self._say([] if summary is None else summary.lines)
 
@@ -205,10 +199,10 @@ class Run:
             is_best = self.state.best_step == step
             is_due = bool(save.save_steps) and (is_best or step % save.save_steps == 0)
             if is_due and step < config.max_steps:  # the last step is saved below
-                self._save(trainer.learner)
+                self.save(trainer.learner)
             if self.stop.requested and step < config.max_steps:
-                self._interrupt(trainer.learner)
-        self._save(trainer.learner)
+                self.interrupt(trainer.learner)
+        self.save(trainer.learner)
         if self._is_stuck:
             self._say([f"no better pass@1 in {self.state.num_worse} evaluations: stopped early"])
         return evaluation or self._evaluate(trainer.learner)
@@ -223,13 +217,13 @@ class Run:
         """Training step `step`, from 0, with all that is logged of it."""
         trainer, every = self.trainer, check_interval(self.config.rollout.engine_args)
         started = time.perf_counter()
-        with self._kept(trainer.learner):
+        with self.kept(trainer.learner):
             if every and step and step % every == 0:
                 self._say(self.check_engine(step))
             output = trainer.train_step(step)
         carried = trainer.sampler.carried
         self.carried = None if carried is None else carried.state()
-        self._advance(
+        self.advance(
             time.perf_counter() - started,
             step=step + 1,
             num_tokens=self.state.num_tokens + output.num_tokens,
@@ -238,35 +232,29 @@ class Run:
         )
         self._note(step + 1, output.sampled.shortage)
         self._say([] if output.problem is None else [f"step {step + 1}: {output.problem}"])
+        self._adapt(f"step {step + 1}")
         output.metrics["num_tokens"] = float(self.state.num_tokens)
         self.log.step(step + 1, output)
         self.progress.step(step + 1, output.metrics)
 
     def _evaluate(self, learner: Stateful) -> Evaluation:
         """Held-out evaluation of the weights as they are now."""
-        with self._kept(learner):
+        self.trainer.recovery.begin()
+        with self.kept(learner):
             evaluation = evaluate_held_out(self.trainer, self.eval_prompts)
         self.state = self.state.judged(self.state.step, evaluation.pass_at[1])
+        self.advance(0.0)
+        self._adapt("evaluation")
         self.log.evaluation(self.state.step, evaluation)
         self.progress.evaluation(self.state.step, evaluation.metrics)
         return evaluation
 
-    @contextmanager
-    def _kept(self, learner: Stateful) -> Iterator[None]:
-        """If a reward fails in the block, which changes nothing before it has all of them, save.
-
-        Weights that have diverged are not worth saving, but what they met is.
-        """
-        try:
-            yield
-        except NotFiniteError as error:
-            if self.trainer.last_sampled is not None:
-                where = save_batch(self.directory, self.trainer)
-                raise NotFiniteError(f"{error}; the last batch is in {where}") from error
-            raise
-        except InputError:
-            self._save(learner)
-            raise
+    def _adapt(self, what: str) -> None:
+        """Tell of sizes that memory has made smaller, and plan with them."""
+        notes = self.trainer.recovery.take_notes()
+        self._say([f"{what}: {note}" for note in notes])
+        if notes:
+            self.plan()
 
     def _say(self, notes: Sequence[str]) -> None:
         for note in notes:
@@ -277,24 +265,3 @@ class Run:
         if message is not None and not self.noted:
             self.noted = True
             self.progress.note(f"step {step}: {message}")
-
-    def _advance(self, seconds: float, **changes: Any) -> None:
-        total = self.state.train_seconds + seconds
-        self.state = dataclasses.replace(self.state, train_seconds=total, **changes)
-
-    def _save(self, learner: Stateful) -> Path:
-        trainer = self.trainer
-        path = save_checkpoint(
-            self.directory, trainer.policy, learner, self.state, self.carried,
-            reference=trainer.reference if trainer.method.reference_update is not None else None,
-        )  # fmt: skip
-        # The weights that training starts from are not worth keeping as the best: they come again.
-        best, keep = self.state.best_step or None, self.config.save.save_total_limit
-        remove_old_checkpoints(self.directory, keep=keep, best=best)
-        return path
-
-    def _interrupt(self, learner: Stateful) -> None:
-        path = self._save(learner)
-        raise Interrupted(
-            f"stopped; continue with: fastrl train --resume {self.directory} (saved {path.name})"
-        )

@@ -56,8 +56,8 @@ def refuse_own_input(directory: Path, config: Config) -> None:
 
 
 FREE = (
-    "output_dir", "max_steps", "max_tokens_per_pass", "reward_workers", "reward_timeout",
-    "model.device", "eval.eval_steps", "eval.patience", "save.",
+    "output_dir", "max_steps", "max_tokens_per_pass", "workspace_mb", "memory_limit",
+    "reward_workers", "reward_timeout", "model.device", "eval.eval_steps", "eval.patience", "save.",
 )  # fmt: skip
 """What leaves past steps and the comparison with the start as they were."""
 

@@ -31,6 +31,7 @@ from fastrl.conversations import (
     turn_of,
 )
 from fastrl.encoding import decode_completions, encode_prompts
+from fastrl.memory.recovery import Recovery
 from fastrl.methods.inputs import StepInputs
 from fastrl.methods.record import Method
 from fastrl.phase_clock import PhaseClock
@@ -39,12 +40,13 @@ from fastrl.prompt_stream import PromptStream
 from fastrl.replay import Recorded, Recorder, Replay
 from fastrl.rewards import Scorer
 from fastrl.rewards.score import NotFiniteReward, checked
-from fastrl.rollout import Sampling, make_engine
+from fastrl.rollout import Sampling
+from fastrl.rollout.native import NativeEngine
 from fastrl.rollout_check import check_engine
 from fastrl.sampler import Generated, Sampled, Scored, generate_while_scoring, sample_until_full
+from fastrl.sampling_settings import engine_of, sampling_of
 from fastrl.seeding import make_generator
 from fastrl.tasks import Task
-from fastrl.thinking import thinking_limit
 from fastrl.types import Example, Prompts, Rewards, Rollouts, StepMetrics
 from fastrl.values.sources import PromptValues, make_values
 
@@ -53,8 +55,9 @@ class SamplingStage:
     """Holds where the task's prompts stand, the engine, and completions that are carried over."""
 
     def __init__(
-        self, config: Config, policy: Policy, task: Task, scorer: Scorer, method: Method
-    ) -> None:
+        self, config: Config, policy: Policy, task: Task, scorer: Scorer, method: Method,
+        recovery: Recovery,
+    ) -> None:  # fmt: skip
         self.config = config
         self.policy = policy
         self.task = task
@@ -64,18 +67,10 @@ class SamplingStage:
             first=config.warm_start.steps * config.warm_start.batch_size,
             max_pass_rate=method.max_pass_rate,
         )
-        self.engine = make_engine(config.rollout.engine, policy, config.rollout.engine_args)
-        self.sampling = Sampling(
-            num_generations=config.rollout.num_generations,
-            max_completion_length=config.rollout.max_completion_length,
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            top_k=config.rollout.top_k,
-            min_p=config.rollout.min_p,
-            repetition_penalty=config.rollout.repetition_penalty,
-            stop_strings=config.rollout.stop_strings,
-            thinking=thinking_limit(method),
-        )
+        self.recovery = recovery
+        recovery.forget = scorer.forget
+        self.engine = engine_of(config, policy, recovery)
+        self.sampling = sampling_of(config, method)
         self.max_sampling_rounds = method.max_sampling_rounds
         self.draws_turn = method.draws_turn
         self.values: PromptValues | None = make_values(method, self)
@@ -96,6 +91,11 @@ class SamplingStage:
         """What is wrong with the rewards of the last step, where nothing is learned from them."""
         self.turns: list[Turn] = []
         """Of conversations in the last step: the turns that were drawn."""
+
+    def use_room(self) -> None:
+        """Have the engine take as much for keys and values as memory has allowed so far."""
+        if isinstance(self.engine, NativeEngine):
+            self.engine.kv_cache_gib = self.recovery.kv_cache_gib
 
     @property
     def is_current(self) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +18,8 @@ from fastrl.critic import check_critic, make_critic, value_metrics
 from fastrl.down_sampling import weigh_tokens
 from fastrl.encoding import encode_solution
 from fastrl.learner import Learner
-from fastrl.loss import token_statistics
+from fastrl.loss import check_workspace, token_statistics
+from fastrl.memory.recovery import recovery_of
 from fastrl.methods.adaptation import Adaptation
 from fastrl.methods.estimates import kept_prompts, rows_to_train
 from fastrl.methods.inputs import StepInputs, scheduled
@@ -46,29 +46,13 @@ from fastrl.sampling_stage import SamplingStage
 from fastrl.savings import down_sampling_metrics, row_flops
 from fastrl.seeding import make_generator
 from fastrl.selection import counted_lengths
+from fastrl.step_output import StepOutput
 from fastrl.tasks import Task
 from fastrl.types import Example, Prompts, Rewards, Rollouts, StepMetrics
-from fastrl.update import Packed, Update, Updater
+from fastrl.update import Updater
+from fastrl.update_records import Packed, Update
 from fastrl.weight_moves import REFERENCE_UPDATES
 from fastrl_kernels.head import accumulation_dtype
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What one step did, for the logs."""
-
-    metrics: StepMetrics
-    sampled: Sampled
-    problem: str | None = None  # why nothing was learned, where rewards are not finite
-
-    @property
-    def num_tokens(self) -> int:
-        """Of completions that have ended, each with its prompt."""
-        if self.sampled.is_empty:
-            return 0
-        rollouts = self.sampled.everything.rollouts
-        prompts = sum(len(ids) for ids in rollouts.prompts.token_ids)
-        return prompts * rollouts.num_generations + int(rollouts.lengths.sum())
 
 
 class Trainer:
@@ -78,6 +62,7 @@ class Trainer:
         self, config: Config, policy: Policy, task: Task, scorer: Scorer, method: Method,
         reference: Reference | None = None,
     ) -> None:  # fmt: skip
+        check_workspace(policy, config.workspace_mb)
         self.config = config
         self.policy = policy
         self.task = task
@@ -87,7 +72,6 @@ class Trainer:
         self.reward_scale: Tensor | None = None
         """Standard deviation of all rewards so far, where the method divides by it."""
         self.reference = reference
-        self.sampler = SamplingStage(config, policy, task, scorer, method)
         self.temperature = config.rollout.temperature
         self.head_row_cost = head_row_cost(
             policy.model.config,
@@ -98,6 +82,8 @@ class Trainer:
             has_chunked_mlps=config.model.mlp_chunk_size > 0,
             head_dtype=policy.head_dtype,
         )
+        self.recovery = recovery_of(config, self.head_row_cost, policy.device)
+        self.sampler = SamplingStage(config, policy, task, scorer, method, self.recovery)
         self.row_flops = row_flops(policy.model)
         self.memory = PeakMemory(policy.device)
         self.critic, rate = None, 0.0
@@ -105,7 +91,9 @@ class Trainer:
             check_critic(config, method)
             self.critic = make_critic(config, policy)
             rate = training_parameter(method.value_loss, "critic_learning_rate")
-        self.updater = Updater(config, policy, self.critic, critic_learning_rate=rate)
+        self.updater = Updater(
+            config, policy, self.critic, self.recovery, critic_learning_rate=rate
+        )
 
     @property
     def learner(self) -> Learner:
@@ -119,6 +107,7 @@ class Trainer:
 
     def train_step(self, step: int) -> StepOutput:
         """Step `step` (from 0): a function of weights, optimizer, seed, `step` and the stream."""
+        self.recovery.begin()
         watch = PhaseClock(self.memory)
         sampled = self.sample(step, watch)
         self.last_sampled = sampled
@@ -126,19 +115,37 @@ class Trainer:
             return StepOutput(self.skipped_metrics(step, sampled, watch), sampled)
         if self.sampler.not_finite is not None:
             return self._without_rewards(step, sampled, self.sampler.not_finite, watch)
-        rollouts = sampled.trained.rollouts
         self.reward_scale = self.adaptation.see(sampled.trained.rewards.total)
-        inputs = self.inputs(rollouts, sampled.trained.rewards, step)
-        packed = self.pack(rollouts, inputs)
-        is_exact = self.sampler.is_current
-        update = self.updater.update(packed, step, sampler_is_exact=is_exact)
+        update = self._update(sampled.trained, step)
         watch.lap("train")
         self.adaptation.remember(self.method, update.inputs)
         self._move_reference(step)
         metrics = self.metrics(step, sampled, update, watch)
-        num_completions = len(rollouts.completion_ids)
+        num_completions = len(sampled.trained.rollouts.completion_ids)
         self.method = self.adaptation.update(self.method, metrics, num_completions)
         return StepOutput(metrics, sampled)
+
+    def _update(self, trained: Scored, step: int) -> Update:
+        """The optimizer steps of a step, begun anew with smaller passes where memory runs out.
+
+        Once a weight has moved, `Updater` goes on from where it was.
+        """
+        learner = self.learner
+        num_begun, num_skipped = learner.num_begun, learner.skipped_in_a_row
+
+        def pack() -> Packed:  # what is drawn by chance is drawn again
+            return self.pack(trained.rollouts, self.inputs(trained.rollouts, trained.rewards, step))
+
+        def attempt() -> Update:
+            is_exact = self.sampler.is_current
+            return self.updater.update(pack(), step, sampler_is_exact=is_exact, repack=pack)
+
+        def undo() -> None:
+            learner.skipped_in_a_row = num_skipped
+
+        return self.recovery.redone(
+            attempt, can_redo=lambda: learner.num_begun == num_begun, undo=undo
+        )
 
     def _without_rewards(
         self, step: int, sampled: Sampled, error: NotFiniteReward, watch: PhaseClock
@@ -216,11 +223,12 @@ class Trainer:
                 weighted.kept,
                 advantages,
                 weighted.weights,
-                max_tokens_per_pass=self.config.max_tokens_per_pass,
+                max_tokens_per_pass=self.recovery.max_tokens_per_pass,
                 head_row_cost=self.head_row_cost,
                 device=self.policy.device,
                 dtype=accumulation_dtype(self.policy.head_dtype),
             )
+            self.recovery.see(passes, self.head_row_cost)
             if self.method.ratio_to_sampler:
                 passes = with_sampler_logps(passes)
             if self.reference is not None:
@@ -232,7 +240,9 @@ class Trainer:
     def _with_ref_logps(self, item: PackedPass) -> PackedPass:
         """The pass with log-probabilities under the reference, through the same plan."""
         assert self.reference is not None
-        logps = token_statistics(self.reference, item.plan, self.temperature).logps
+        logps = token_statistics(
+            self.reference, item.plan, self.temperature, workspace_mb=self.config.workspace_mb
+        ).logps
         return PackedPass(item.plan, dataclasses.replace(item.batch, ref_logps=logps))
 
     def metrics(
@@ -269,6 +279,7 @@ class Trainer:
             "rewards/non_finite": 0.0,
             **(update.sampler_gap or {}),
             **speed_metrics(watch, rollouts, update.passes),
+            **self.recovery.metrics,
             **(sampled.carried or {}),
         }
 
@@ -281,5 +292,6 @@ class Trainer:
             **self.sampler.stream.metrics,
             **self.sampler.reward_metrics,
             **watch.metrics,
+            **self.recovery.metrics,
             **(sampled.carried or {}),
         }

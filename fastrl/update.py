@@ -5,17 +5,16 @@ Legend: B completions, S trained tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from fastrl.config import Config
-from fastrl.critic import Critic, ValueRecord
+from fastrl.critic import Critic
 from fastrl.errors import NotFiniteError
 from fastrl.learner import Learner
 from fastrl.loss import NOT_MEASURED, Measured, PassBackward, measure
+from fastrl.memory.recovery import Recovery
 from fastrl.methods.axes import hyper_parameters_of
 from fastrl.methods.inputs import StepInputs
 from fastrl.methods.needs import estimates_from_tokens, looks_past_tokens, needs_view
@@ -23,7 +22,6 @@ from fastrl.methods.record import Method, training_parameter
 from fastrl.mini_batches import MiniBatch, drawn_order, with_tokens_of
 from fastrl.packing import PackedPass
 from fastrl.phases import (
-    Prepared,
     estimates,
     prepare,
     step_loss,
@@ -32,71 +30,37 @@ from fastrl.phases import (
     with_sampler_logps,
 )
 from fastrl.policy import Policy
-from fastrl.rollout_check import sampler_gap
-from fastrl.savings import Work, work_of
+from fastrl.savings import work_of
 from fastrl.seeding import make_generator
 from fastrl.types import StepMetrics
+from fastrl.update_records import Done, Packed, Update, gap_of, packed_anew, summed
 from fastrl.weight_moves import reposition
-from fastrl_kernels import PolicyLoss
-
-
-class Packed(NamedTuple):
-    """A step as passes, and what its method has yet to find out from their tokens."""
-
-    method: Method
-    inputs: StepInputs
-    parts: list[MiniBatch]
-
-
-class Done(NamedTuple):
-    """One optimizer step, or what would have been one: num_skipped is 1 if it was not finite."""
-
-    ready: Prepared
-    losses: list[PolicyLoss]
-    values: list[ValueRecord]
-    advantages: Tensor | None
-    measured: Work
-    loss: float = 0.0
-    grad_norm: float = 0.0
-    num_skipped: int = 0
-
-
-class Update(NamedTuple):
-    """What the optimizer did with a step: its last iteration, pass by pass."""
-
-    learning_rate: float
-    inputs: StepInputs
-    grad_norm: float = 0.0
-    passes: tuple[PackedPass, ...] = ()
-    losses: tuple[PolicyLoss, ...] = ()
-    loss: float = 0.0
-    clipped: tuple[Tensor | None, ...] = ()
-    advantages: Tensor | None = None
-    values: tuple[ValueRecord, ...] = ()
-    measured: Work = Work()
-    sampler_gap: StepMetrics | None = None
-    num_steps: int = 0
-    num_skipped: int = 0
 
 
 class Updater:
     """Makes the optimizer steps of a step, of the policy and of the value model if there is one."""
 
     def __init__(
-        self, config: Config, policy: Policy, critic: Critic | None, *,
+        self, config: Config, policy: Policy, critic: Critic | None, recovery: Recovery, *,
         critic_learning_rate: float = 0.0,
     ) -> None:  # fmt: skip
         self.config = config
         self.policy = policy
         self.critic = critic
+        self.recovery = recovery
         self.temperature = config.rollout.temperature
         self.learner = Learner(config, policy, critic, critic_learning_rate=critic_learning_rate)
 
-    def update(self, packed: Packed, step: int, *, sampler_is_exact: bool) -> Update:
+    def update(
+        self, packed: Packed, step: int, *, sampler_is_exact: bool,
+        repack: Callable[[], Packed] | None = None,
+    ) -> Update:  # fmt: skip
         """`num_iterations` times `num_mini_batches` optimizer steps; none where there is no token
         to learn from.
 
-        sampler_is_exact: its log-probabilities are those of the policy before the step.
+        sampler_is_exact: its log-probabilities are those of the policy before the step. repack: the
+        step in passes as small as they have become, for an optimizer step after the first in which
+        memory runs out; in the first, the whole update is to be tried again.
         """
         method = packed.method
         trains_policy = step >= critic_warmup_steps(method)
@@ -113,22 +77,26 @@ class Updater:
         inputs, parts, view = self._before(packed, parts, first, sampler_is_exact=sampler_is_exact)
         gap: StepMetrics = {}
         num_skipped = 0
+        num_begun = self.learner.num_begun
         for iteration, order in enumerate(orders):
             if fast_steps and iteration == fast_steps:
                 reposition(self.learner.weights, start, way_back=way_back)
             done = []
             for number in order:
-                is_first = iteration == 0 and number == first
-                part = parts[number]
-                if not is_first:
-                    view = self._view(method, part)
-                found = self._step(method, part, view, trains_policy=trains_policy)
-                if is_first:
-                    gap = _sampler_gap(found, part, view)
+                if iteration == 0 and number == first:
+                    part = parts[number]
+                    found = self._step(method, part, view, trains_policy=trains_policy)
+                    gap = gap_of(found, part, view)
                     parts[number] = self._with_old_logps(part, found, view)
+                    view = NOT_MEASURED
+                else:
+                    found = self._later_step(
+                        method, parts, number, trains_policy=trains_policy,
+                        num_begun=num_begun, repack=repack,
+                    )  # fmt: skip
                 num_skipped += found.num_skipped
                 done.append(found)
-            result = _summed(result._replace(inputs=inputs, sampler_gap=gap), done)
+            result = summed(result._replace(inputs=inputs, sampler_gap=gap), done)
         return result._replace(num_skipped=num_skipped)
 
     def set_learning_rates(self, method: Method, step: int) -> float:
@@ -176,8 +144,9 @@ class Updater:
     ) -> Measured:  # fmt: skip
         keeps_graph = keeps_graph and not self.learner.stepper.runs_backward_twice(len(passes))
         return measure(
-            self.policy, passes, self.temperature, critic=critic, keeps_graph=keeps_graph
-        )
+            self.policy, passes, self.temperature, critic=critic, keeps_graph=keeps_graph,
+            workspace_mb=self.config.workspace_mb,
+        )  # fmt: skip
 
     def _with_own_logps(self, part: MiniBatch, sampler_is_exact: bool) -> MiniBatch:
         """The part with log-probabilities of the policy as it is, at no cost where it can be."""
@@ -204,6 +173,38 @@ class Updater:
             logps = [out.logps for out in done.losses]
         return part._replace(passes=with_old_logps(part.passes, logps))
 
+    def _later_step(
+        self, method: Method, parts: list[MiniBatch], number: int, *, trains_policy: bool,
+        num_begun: int, repack: Callable[[], Packed] | None,
+    ) -> Done:  # fmt: skip
+        """One optimizer step after the first; where memory runs out it alone is begun anew, as the
+        weights have moved since the update began, and `parts` get smaller passes.
+
+        num_begun: optimizer steps before the update; if there were none in it, it begins anew.
+        """
+        generator, now = parts[number].inputs.generator, self.learner.num_begun
+        state = None if generator is None else generator.get_state()
+        is_stale = False
+
+        def attempt() -> Done:
+            nonlocal is_stale
+            if is_stale and repack is not None:
+                parts[:] = packed_anew(parts, repack().parts)
+                is_stale = False
+            view = self._view(method, parts[number])
+            return self._step(method, parts[number], view, trains_policy=trains_policy)
+
+        def undo() -> None:
+            nonlocal is_stale
+            is_stale = True
+            if generator is not None and state is not None:
+                generator.set_state(state)
+
+        def can_redo() -> bool:
+            return repack is not None and num_begun < now == self.learner.num_begun
+
+        return self.recovery.redone(attempt, can_redo=can_redo, undo=undo)
+
     def _step(
         self, method: Method, part: MiniBatch, view: Measured, *, trains_policy: bool
     ) -> Done:
@@ -217,6 +218,7 @@ class Updater:
         backward = PassBackward(
             self.policy, ready, self.temperature, hidden, critic=self.critic,
             value_choice=method.value_loss, trains_policy=trains_policy,
+            workspace_mb=self.config.workspace_mb,
         )  # fmt: skip
         try:
             norm = self.learner.step(len(ready.passes), backward, trains_policy=trains_policy)
@@ -250,32 +252,3 @@ def critic_warmup_steps(method: Method) -> int:
     if method.value_loss is None:
         return 0
     return round(training_parameter(method.value_loss, "critic_warmup_steps"))
-
-
-def _sampler_gap(done: Done, part: MiniBatch, view: Measured) -> StepMetrics:
-    """Sampler against policy over the part that was trained first, before it was."""
-    if done.losses:
-        return sampler_gap(done.ready.passes, done.losses)
-    return sampler_gap(part.passes, view.statistics) if view.statistics else {}
-
-
-def _summed(result: Update, done: Sequence[Done]) -> Update:
-    """An iteration as one: what was trained, side by side, and means over its updates."""
-    applied = [item for item in done if item.ready.passes and not item.num_skipped]
-    if not applied:
-        return result
-    trained = [item for item in applied if item.losses]
-    advantages = [item.advantages for item in trained if item.advantages is not None]
-    return result._replace(
-        grad_norm=sum(item.grad_norm for item in applied) / len(applied),
-        loss=sum(item.loss for item in applied) / len(applied),
-        passes=tuple(item for x in applied for item in x.ready.passes),
-        losses=tuple(item for x in trained for item in x.losses),
-        clipped=tuple(item.clipped for x in trained for item in x.ready.coefficients),
-        advantages=torch.cat(advantages) if advantages else None,
-        values=tuple(item for x in applied for item in x.values),
-        measured=Work(
-            sum(x.measured.tokens for x in applied), sum(x.measured.rows for x in applied)
-        ),
-        num_steps=len(applied),
-    )

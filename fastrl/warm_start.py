@@ -38,6 +38,14 @@ class WarmStart:
 
     def train_step(self, step: int) -> float:
         """One optimizer step on fresh examples; returns the mean loss per token in nats."""
+        recovery, num_begun = self.trainer.recovery, self.stepper.num_begun
+        recovery.begin()
+        scale_learning_rate(self.stepper.optimizer, self.schedule(step))
+        return recovery.redone(
+            lambda: self._train_step(step), can_redo=lambda: self.stepper.num_begun == num_begun
+        )
+
+    def _train_step(self, step: int) -> float:
         size = self.config.warm_start.batch_size
         examples = [self.trainer.task.train_example(step * size + i) for i in range(size)]
         solutions = Rollouts(
@@ -51,21 +59,23 @@ class WarmStart:
             kept=torch.ones(size, dtype=torch.bool),
             advantages=torch.ones(size),
             weights=token_mean(solutions.lengths),
-            max_tokens_per_pass=self.config.max_tokens_per_pass,
+            max_tokens_per_pass=self.trainer.recovery.max_tokens_per_pass,
             head_row_cost=self.trainer.head_row_cost,
             device=self.policy.device,
             dtype=accumulation_dtype(self.policy.head_dtype),
         )
+        self.trainer.recovery.see(passes, self.trainer.head_row_cost)
         losses = [0.0] * len(passes)
 
         def backward(index: int) -> None:
             plan, batch = passes[index].plan, passes[index].batch
             hidden_states = self.policy.hidden_states(plan)
-            loss = supervised_pass_loss(hidden_states, self.policy.lm_head, batch)
+            loss = supervised_pass_loss(
+                hidden_states, self.policy.lm_head, batch, workspace_mb=self.config.workspace_mb
+            )
             loss.backward()
             losses[index] = float(loss.detach())
 
-        scale_learning_rate(self.stepper.optimizer, self.schedule(step))
         outcome = self.stepper.step(len(passes), backward)
         if not outcome.is_applied:
             raise NotFiniteError("the warm start's gradient is not finite; lower its learning rate")

@@ -329,7 +329,7 @@ def test_a_token_that_is_picked_later_has_its_own_old_logp(tmp_path):
 )
 def test_a_step_that_keeps_nothing_is_skipped_and_counted(tmp_path, method, fields, budget):
     trainer = trainer_of(tmp_path, method, **fields)
-    trainer.config = dataclasses.replace(trainer.config, max_tokens_per_pass=budget)
+    trainer.recovery.max_tokens_per_pass = budget
     before = [p.detach().clone() for p in trainer.policy.model.parameters()]
     metrics = trainer.train_step(0).metrics
     assert metrics["down_sampling/step_skipped"] == 1

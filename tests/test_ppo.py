@@ -174,7 +174,7 @@ def test_a_step_is_the_one_written_out(name, num_mini_batches, num_iterations, b
     recipe = RECIPES[name]
     settings = {"num_mini_batches": num_mini_batches, "num_iterations": num_iterations}
     trainer = made_trainer(name, **settings)
-    trainer.config = dataclasses.replace(trainer.config, max_tokens_per_pass=budget)
+    trainer.recovery.max_tokens_per_pass = budget
     truth = made_trainer(name)
     model, head = truth.policy.model, truth.critic.trained
     with torch.no_grad():

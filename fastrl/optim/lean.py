@@ -92,6 +92,20 @@ class LeanAdamW(torch.optim.Optimizer):
             )  # fmt: skip
         increment_version(parameter)  # which a kernel does not
 
+    def reserve(self, parameters: Iterable[Tensor]) -> None:
+        """Have the state of parameters, or leave all as it was.
+
+        So that memory runs out before a weight has moved, not between two of them.
+        """
+        new = [parameter for parameter in parameters if not self.state.get(parameter)]
+        try:
+            for parameter in new:
+                self._state_of(parameter)
+        except BaseException:
+            for parameter in new:
+                self.state.pop(parameter, None)
+            raise
+
     def _state_of(self, parameter: Tensor) -> tuple[Store, dict[str, Any]]:
         kind = "float32" if parameter.numel() < SMALL and self.moments == "8bit" else self.moments
         state = self.state[parameter]

@@ -6,7 +6,7 @@ Gradients of several passes add up in `.grad`. A gradient that is not finite is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -76,6 +76,8 @@ class Stepper:
         self.max_grad_norm = max_grad_norm
         self.in_backward = in_backward
         self.previous_norm: float | None = None
+        self.num_begun = 0
+        """Steps in which a weight has moved, of one that failed half-way too."""
 
     def runs_backward_twice(self, num_passes: int) -> bool:
         """Whether the next step calls its only pass twice, so that nothing of it may be kept."""
@@ -123,6 +125,8 @@ class Stepper:
         if not math.isfinite(norm):
             return StepOutcome(norm, is_applied=False)
         scale = clip_factor(norm, self.max_grad_norm)
+        self.reserve(parameters)
+        self.num_begun += 1
         if isinstance(self.optimizer, LeanAdamW):
             for parameter in parameters:
                 self.optimizer.step_parameter(parameter, scale=scale)
@@ -134,8 +138,16 @@ class Stepper:
             self.optimizer.step()
         return StepOutcome(norm, is_applied=True)
 
+    def reserve(self, parameters: Iterable[Tensor]) -> None:
+        """Have all that stepping these takes, as far as the optimizer can say before it steps."""
+        if isinstance(self.optimizer, LeanAdamW):
+            self.optimizer.reserve(parameters)
+
     def _measure(self, backward: Callable[[], None]) -> float:
-        """Norm of the gradient of one pass, of which one parameter's exists at a time."""
+        """Norm of the gradient of one pass, of which one parameter's exists at a time.
+
+        What the step will need of the optimizer's state is there afterwards.
+        """
         norms: dict[Tensor, Tensor] = {}
 
         def measure(parameter: Tensor) -> None:
@@ -145,7 +157,10 @@ class Stepper:
 
         with self._on_gradient(measure):
             backward()
-        return total_norm([norms[p] for p in self._parameters() if p in norms])
+        norm = total_norm([norms[p] for p in self._parameters() if p in norms])
+        if math.isfinite(norm):
+            self.reserve(norms)
+        return norm
 
     def _step_in_backward(
         self, backward: Callable[[], None], scale_of: Callable[[Tensor], float | None]
@@ -154,13 +169,14 @@ class Stepper:
 
         scale_of: of a gradient; None where it is dropped.
         """
-        optimizer = self.optimizer
+        optimizer, before = self.optimizer, self.num_begun
         assert isinstance(optimizer, LeanAdamW)
 
         def step(parameter: Tensor) -> None:
             assert parameter.grad is not None
             scale = scale_of(parameter.grad)
             if scale is not None:
+                self.num_begun = before + 1
                 optimizer.step_parameter(parameter, scale=scale)
             parameter.grad = None
 

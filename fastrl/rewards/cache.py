@@ -36,6 +36,10 @@ class ScoreCache:
         if len(self._scores) > self._num_scores:
             self._scores.popitem(last=False)
 
+    def drop(self, key: bytes) -> None:
+        """Keep a score no longer, if it is there."""
+        self._scores.pop(key, None)
+
 
 def score_key(reward: int, example: bytes, text: str, completion_ids: Sequence[int]) -> bytes:
     """A hash of reward, example and completion.

@@ -142,6 +142,12 @@ class RewardPool:
         failed = frozenset(row for _, row in current.ended)
         return weighted_total(examples, scores, [x.weight for x in self._names], failed=failed)
 
+    def forget(self) -> None:
+        """Begin a new round; what is on its way to this one is nobody's when it comes."""
+        for key in self._round.new_keys:
+            self._cache.drop(key)
+        self._round = Round()
+
     def score(self, rollouts: Rollouts, texts: Sequence[str]) -> Rewards:
         """What score_completions returns; rows that were submitted already are only waited for."""
         num_generations = rollouts.num_generations

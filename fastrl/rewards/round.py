@@ -46,6 +46,7 @@ class Round:
     failures: dict[Score, Failure] = field(default_factory=dict)
     asked: dict[int, Asked] = field(default_factory=dict)  # by ticket
     num_cache_hits: int = 0
+    new_keys: list[bytes] = field(default_factory=list)  # that the cache keeps since this round
     # Calls of users' functions that wait for the prompt's other completions: by reward and prompt,
     # then by row.
     groups: dict[tuple[int, int], dict[int, Call]] = field(default_factory=dict)
@@ -101,6 +102,7 @@ class Round:
                 del self._tickets[asked.key]
                 if answer.failure is None and not answer.ended:
                     cache.put(asked.key, score)
+                    self.new_keys.append(asked.key)
             for row in asked.rows:
                 which = Score(asked.reward, row)
                 self.scores[which] = score

@@ -29,6 +29,10 @@ class Scorer(Protocol):
         """Let work on completion `row` begin while others are sampled."""
         ...
 
+    def forget(self) -> None:
+        """What was submitted is not wanted any more: the completions will be sampled again."""
+        ...
+
     def score(self, rollouts: Rollouts, texts: Sequence[str]) -> Rewards:
         """The rewards of all B completions, of those that were submitted and of the others."""
         ...
@@ -54,6 +58,9 @@ class LocalScorer:
         num_generations: int,
     ) -> None:  # fmt: skip
         """Nothing: scoring now would only hold up the others."""
+
+    def forget(self) -> None:
+        """Nothing was begun."""
 
     def score(self, rollouts: Rollouts, texts: Sequence[str]) -> Rewards:
         """See `score_completions`."""

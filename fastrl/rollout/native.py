@@ -17,6 +17,7 @@ from torch import Tensor
 from fastrl.errors import InputError
 from fastrl.integrations.decoding import decoding, has_state
 from fastrl.integrations.folding import folded_adapters
+from fastrl.memory.recovery import GIB, Recovery, is_out_of_memory, reason_of
 from fastrl.policy import Policy
 from fastrl.rollout import OnCompletion, Sampling
 from fastrl.rollout.cached import CachedDecoder
@@ -67,6 +68,10 @@ class NativeEngine:
         """Most memory that keys and values took in the last call."""
         self.num_restarts = 0
         """Completions that found no room to grow in it and started again from what they had."""
+        self.recovery: Recovery | None = None
+        """What a call does that meets the end of memory; None: it fails."""
+        self.largest_group = 0
+        """Tokens that there is always room for, however little memory is left."""
 
     def generate(
         self, prompts: Prompts, sampling: Sampling, generator: torch.Generator,
@@ -79,7 +84,6 @@ class NativeEngine:
         """
         return self.advance(prompts, sampling, generator, on_completion=on_completion)
 
-    @torch.no_grad()
     def advance(
         self, prompts: Prompts, sampling: Sampling, generator: torch.Generator, *,
         started: Rollouts | None = None, max_tokens: int | None = None,
@@ -90,8 +94,55 @@ class NativeEngine:
         started: what an earlier call returned, its log-probabilities included, which stay what they
         were. max_tokens: completions that have not ended by then are returned as they are: neither
         finished nor of max_completion_length. None: until all have ended.
+
+        With a `recovery`, where memory runs out all of it is sampled again with half the room.
         """
+        if self.recovery is None:
+            return self._advance(prompts, sampling, generator, started, max_tokens, on_completion)
+        state, most = generator.get_state(), _tokens_at_most(prompts, sampling)
+        while True:
+            generator.set_state(state)
+            try:
+                return self._advance(
+                    prompts, sampling, generator, started, max_tokens, on_completion
+                )
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = reason_of(error)
+            self.recovery.failed(reason)
+            self._halve_room(most)
+
+    @property
+    def smallest_kv_cache_gib(self) -> float | None:
+        """Below which no halving goes; None for a model that has no such thing."""
+        if self.has_state:
+            return None
+        return (self.largest_group + 0.5) * self._bytes_per_token / GIB
+
+    def _halve_room(self, most: int) -> None:
+        """For keys and values: half of what the call that has failed took, or could have taken.
+
+        most: tokens of its completions at their longest.
+        """
+        if self.has_state or self.recovery is None:
+            return  # states have no size a token
+        of_token = self._bytes_per_token
+        room = self._room(0).num_tokens
+        used = self.peak_kv_bytes // of_token or most  # of prompts alone nothing is known yet
+        tokens = max(min(used, most, room or most) // 2, self.largest_group)
+        gib = (tokens + 0.5) * of_token / GIB  # so that it is as many tokens when it is read
+        self.kv_cache_gib = gib if self.kv_cache_gib is None else min(gib, self.kv_cache_gib)
+        self.recovery.use_kv_cache(self.kv_cache_gib)
+
+    @torch.no_grad()
+    def _advance(
+        self, prompts: Prompts, sampling: Sampling, generator: torch.Generator,
+        started: Rollouts | None, max_tokens: int | None, on_completion: OnCompletion | None,
+    ) -> Rollouts:  # fmt: skip
+        """See `advance`."""
         G, C = sampling.num_generations, sampling.max_completion_length
+        self.peak_kv_bytes = 0
         table = self.new_table(len(prompts) * G, C)
         if started is not None:
             table.start(started)
@@ -108,9 +159,11 @@ class NativeEngine:
                 loop.complete(CachedDecoder(self.policy), requests)
             else:
                 decoder = self._decoder(C)
-                with decoding(model, decoder):
-                    loop.complete(decoder, requests)
-                self.peak_kv_bytes = decoder.peak_bytes
+                try:
+                    with decoding(model, decoder):
+                        loop.complete(decoder, requests)
+                finally:
+                    self.peak_kv_bytes = decoder.peak_bytes
         self.num_restarts = loop.num_restarts
         return table.rollouts(prompts, is_exact=sampling.is_exact)
 
@@ -211,6 +264,12 @@ class _Loop:
         kept = torch.from_numpy(goes_on).to(tokens.device)
         decoder.keep(kept)
         return rows[goes_on], tokens[kept]
+
+
+def _tokens_at_most(prompts: Prompts, sampling: Sampling) -> int:
+    """Of all prompts, with completions as long as they may become."""
+    of_completions = sampling.num_generations * sampling.max_completion_length
+    return sum(map(len, prompts.token_ids)) + len(prompts) * of_completions
 
 
 def _requests(prompts: Prompts, table: Table, rows: Rows) -> list[Request]:

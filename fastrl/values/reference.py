@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastrl.config import Config
 from fastrl.errors import InputError
+from fastrl.memory.recovery import Recovery
 from fastrl.methods.inputs import StepInputs
 from fastrl.policy import Policy
 from fastrl.prompt_stream import PromptStream
@@ -59,6 +60,7 @@ class Stage(Protocol):
     replay: Replay | None
     recorded: list[Recorded]
     greedy_rewards: Tensor | None
+    recovery: Recovery
 
     def encode(self, examples: Sequence[Example]) -> Prompts: ...
 
@@ -197,6 +199,7 @@ class ReferenceValues:
     def _sample(self, store: ValueStore, batch: Mapping[str, tuple[Tensor, Example]]) -> int:
         """Sample, score and keep prompts by their keys; returns how many rewards failed."""
         stage = self.stage
+        stage.recovery.begin()  # a batch is to itself what a step is
         prompts = Prompts(*zip(*batch.values(), strict=True))
         # The same generator for every batch: completions depend on their prompt and number alone,
         # not on the run's seed, so that other runs could have sampled them. An engine that seeds

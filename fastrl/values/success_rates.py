@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastrl.errors import InputError
-from fastrl.loss import token_statistics
+from fastrl.loss import WORKSPACE_MB, token_statistics
 from fastrl.methods.inputs import StepInputs
 from fastrl.packing import pack_rollouts
 from fastrl.policy import Policy
@@ -160,11 +160,15 @@ class TrackedRates:
             rollout_logps=tuple(torch.tensor(one["logps"]) for one in last),
             finished=torch.ones(len(asked), dtype=torch.bool),
         )
-        config = self.stage.config
-        found = drifts(
-            self.stage.policy, rollouts, config.rollout.temperature,
-            max_tokens_per_pass=config.max_tokens_per_pass,
-        )  # fmt: skip
+        config, recovery = self.stage.config, self.stage.recovery
+
+        def attempt() -> Tensor:
+            return drifts(
+                self.stage.policy, rollouts, config.rollout.temperature,
+                max_tokens_per_pass=recovery.max_tokens_per_pass, workspace_mb=config.workspace_mb,
+            )  # fmt: skip
+
+        found = recovery.redone(attempt, can_redo=lambda: True)
         return dict(zip((keys[p] for p in asked), found.tolist(), strict=True))
 
 
@@ -182,8 +186,9 @@ def updated(before: Estimate, rewards: Tensor, drift: float, settings: SuccessRa
 
 
 def drifts(
-    policy: Policy, rollouts: Rollouts, temperature: float, *, max_tokens_per_pass: int
-) -> Tensor:
+    policy: Policy, rollouts: Rollouts, temperature: float, *, max_tokens_per_pass: int,
+    workspace_mb: float = WORKSPACE_MB,
+) -> Tensor:  # fmt: skip
     """(B,) mean over a completion's tokens of |logp now - logp when it was sampled|, in nats."""
     assert rollouts.rollout_logps is not None
     num = len(rollouts.completion_ids)
@@ -194,7 +199,7 @@ def drifts(
     gaps, owners = [], []
     for item in passes:
         assert item.batch.rollout_logps is not None
-        now = token_statistics(policy, item.plan, temperature).logps
+        now = token_statistics(policy, item.plan, temperature, workspace_mb=workspace_mb).logps
         gaps.append((now.double() - item.batch.rollout_logps.double()).abs().cpu())
         owners.append(item.batch.completion_index.cpu())
     return means(torch.cat(gaps), torch.cat(owners), num)
