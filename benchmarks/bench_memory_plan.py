@@ -25,8 +25,7 @@ from measure import ProcessLost, in_fresh_process
 from memory_cases import CASES, Case, config_of, measured
 from rows import environment
 
-from fastrl.memory import PHASES
-from fastrl.memory.survey import plan_memory
+from fastrl.memory import PHASES, plan_memory
 
 OVER, UNDER = 0.05, 0.02
 """How far a prediction may be above what is measured, and below it, as fractions."""

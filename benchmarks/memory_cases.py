@@ -7,7 +7,6 @@ worst that its plan expects: prompts are digits, each a token of its own, and no
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import random
 import string
@@ -31,7 +30,7 @@ NUM_STEPS = 2  # the second has the optimizer's states from its beginning
 NO_TOKEN = -1
 OTHER_MODEL = "another model"  # stands for a directory that is written for the case
 NUM_TRAINING = 32  # prompts
-WORDS = 160  # of an answer: enough different text for a vocabulary of 8192 tokens
+TOKENS_PER_WORD = 64  # of the vocabulary, for each word of an answer: text enough to learn it from
 REWARD = """
 def share(completion_ids, **columns):
     return [sum(ids) % 1009 / 1009 for ids in completion_ids]
@@ -210,7 +209,12 @@ def config_of(case: Case, directory: Path) -> Config:
     import tomli_w
 
     table = merged(usual(), case.options)
-    write_task(directory, table["rollout"]["max_prompt_length"], table["data"]["eval_size"])
+    write_task(
+        directory,
+        table["rollout"]["max_prompt_length"],
+        table["data"]["eval_size"],
+        table["model"]["architecture"]["vocab_size"] // TOKENS_PER_WORD,
+    )
     table |= {
         "task": f"jsonl:{directory / 'task.jsonl'}",
         "rewards": [f"{directory / 'share.py'}:share"],
@@ -228,13 +232,13 @@ def config_of(case: Case, directory: Path) -> Config:
     return config
 
 
-def write_task(directory: Path, prompt_length: int, eval_size: int) -> None:
+def write_task(directory: Path, prompt_length: int, eval_size: int, num_words: int) -> None:
     """Different prompts of exactly so many tokens, and text to learn a vocabulary from."""
     draw = random.Random(0)
     records = []
     for _ in range(NUM_TRAINING + eval_size):
         prompt = "".join(draw.choices(string.digits, k=prompt_length))
-        words = ["".join(draw.choices(string.ascii_letters, k=8)) for _ in range(WORDS)]
+        words = ["".join(draw.choices(string.ascii_letters, k=8)) for _ in range(num_words)]
         records.append(json.dumps({"prompt": prompt, "answer": "1".join(words)}))
     (directory / "task.jsonl").write_text("\n".join(records), encoding="utf-8")
     (directory / "share.py").write_text(REWARD, encoding="utf-8")
@@ -247,7 +251,6 @@ def measured(config: Config) -> Trace:
         with closing(trainer.sampler.scorer):
             run(trainer)
         del trainer
-        gc.collect()  # spans and trainer refer to each other
     return trace
 
 

@@ -71,14 +71,16 @@ def traced() -> Iterator[Trace]:
         profiler._ExperimentalConfig(),
     )  # fmt: skip
     activities = {profiler.ProfilerActivity.CPU}
-    gc.collect()  # what other work left behind would be freed, or not, in the block
     found = Trace()
+    gc.freeze()  # only what the block leaves behind is looked for at its end
     autograd._prepare_profiler(config, activities)
     autograd._enable_profiler(config, activities, {RecordScope.USER_SCOPE})
     try:
         yield found
+        gc.collect()  # what is freed after the trace would be missing in the next one
     finally:
         events = autograd._disable_profiler().events()
+        gc.unfreeze()
     found.read(_moments(events))
 
 

@@ -1,0 +1,146 @@
+"""What sampling takes at its highest: in a step, and in an evaluation.
+
+Legend: P prompts, G completions of a prompt, R rows, L tokens of a prompt, C of a completion.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastrl.config import Config
+from fastrl.config_io import objective_of
+from fastrl.evaluate import PROMPTS_PER_BATCH
+from fastrl.memory.engine_moments import Call
+from fastrl.memory.engines import OTHERS, Setting, highest_moment
+from fastrl.memory.model import fewer_layers
+from fastrl.memory.plan import Phase
+from fastrl.methods.axes import AXES
+from fastrl.methods.record import Method
+from fastrl.methods.resolve import resolve_method
+from fastrl.rollout import Sampling
+from fastrl.thinking import thinking_limit
+from fastrl.values.kinds import ReferenceRollouts
+from fastrl.values.reference import PROMPTS_PER_BATCH as REFERENCES_PER_BATCH
+
+if TYPE_CHECKING:
+    from fastrl.memory.survey import Survey
+
+TABLE_BYTES = 8 + 3 * 4
+"""Of a token in an engine's table: its id, two log-probabilities and an entropy."""
+
+
+def rollout_phases(survey: Survey, config: Config) -> tuple[Phase, ...]:
+    """Phases "rollout" and "evaluate" of the config, of completions as long as they may become."""
+    method = resolve_method(config.method, objective_of(config))
+    sampling = _sampling(config, method)
+    settings = config.eval
+    held_out = replace(
+        sampling, num_generations=settings.num_samples, temperature=settings.temperature
+    )
+    resident = survey.resident(config)
+    before = {part: size for part, size in resident.items() if part != "optimizer"}
+    found = [
+        _with(resident, survey, config, sampling, call) for call in _step_calls(config, method)
+    ]
+    # What is sampled before the first step finds no states of the optimizer yet.
+    found += [
+        _with(before, survey, config, replace(sampling, num_generations=call.num_generations), call)
+        for call in _value_calls(config, method)
+    ]
+    call = Call(*_held_out(config), *_lengths(config))
+    evaluation = _with(resident, survey, config, held_out, call)
+    highest = max(found, key=lambda parts: sum(parts.values()))
+    return Phase("rollout", highest), Phase("evaluate", evaluation)
+
+
+def _with(
+    resident: Mapping[str, int], survey: Survey, config: Config, sampling: Sampling, call: Call
+) -> Mapping[str, int]:
+    """What is there all the time and what one call of the engine takes beside it."""
+    found = Counter(resident)
+    found.update(highest_moment(setting_of(survey, config, sampling), call))
+    found["sampling"] += call.num_rows * call.completion_length * TABLE_BYTES
+    return {part: size for part, size in found.items() if size}
+
+
+def setting_of(survey: Survey, config: Config, sampling: Sampling) -> Setting:
+    """With as few layers as tell what all of them take."""
+    whole = survey.policy(config)
+    fewer = fewer_layers(whole.model)
+    few, more = (survey.policy(config, num_layers=count) for count in fewer)
+    if config.rollout.engine_args.get("fold_adapters"):
+        few, more = copy.copy(few), copy.copy(more)  # runs are remembered by policy
+    num_layers = survey.architecture.get_text_config().num_hidden_layers
+    num_turns = 0
+    if fewer.second > fewer.first:
+        num_turns = (num_layers - fewer.first) // (fewer.second - fewer.first)
+    return Setting(config, sampling, survey.device, whole, few, more, num_turns)
+
+
+def _step_calls(config: Config, method: Method) -> Iterator[Call]:
+    """Those of one step; a conversation's later answers are sampled one a completion."""
+    num_generations = config.rollout.num_generations
+    yield Call(config.prompts_per_step, num_generations, *_lengths(config))
+    if method.draws_turn:
+        yield Call(config.prompts_per_step * num_generations, 1, *_lengths(config))
+
+
+def _value_calls(config: Config, method: Method) -> Iterator[Call]:
+    """Those for what a method asks to know of prompts before it trains."""
+    choice = method.prompt_values
+    if choice is None:
+        return
+    settings = AXES["prompt_values"][choice.name](**choice.parameters)
+    if isinstance(settings, ReferenceRollouts):
+        num_prompts = min(REFERENCES_PER_BATCH, config.max_steps * config.prompts_per_step)
+        num_samples = settings.num_samples or config.rollout.num_generations
+        yield Call(num_prompts, num_samples, *_lengths(config))
+
+
+def _held_out(config: Config) -> tuple[int, int]:
+    """Prompts of a batch of the evaluation, and samples of each."""
+    num_prompts = config.data.eval_size
+    path = config.data.eval_path
+    if path is not None and Path(path).is_file():
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        num_prompts = sum(bool(line.strip()) for line in lines)
+    return max(min(num_prompts, PROMPTS_PER_BATCH), 1), config.eval.num_samples
+
+
+def _lengths(config: Config) -> tuple[int, int]:
+    return config.rollout.max_prompt_length, config.rollout.max_completion_length
+
+
+def _sampling(config: Config, method: Method) -> Sampling:
+    rollout = config.rollout
+    return Sampling(
+        num_generations=rollout.num_generations,
+        max_completion_length=rollout.max_completion_length,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
+        repetition_penalty=rollout.repetition_penalty,
+        stop_strings=rollout.stop_strings,
+        thinking=thinking_limit(method),
+    )
+
+
+def rollout_notes(config: Config) -> tuple[str, ...]:
+    """What the two phases leave out or only estimate."""
+    found = []
+    engine = config.rollout.engine
+    if engine in OTHERS:
+        found.append(
+            f"rollout and evaluate leave out engine {engine!r}, a program with memory of its own"
+        )
+    if engine == "hf_cb":
+        found.append("what transformers' continuous batching takes is an estimate")
+    if config.rollout.engine_args.get("cuda_graphs"):
+        found.append("the memory that CUDA graphs keep is left out")
+    return tuple(found)
