@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastrl.assembly import build_trainer
 from fastrl.config import DataConfig, EvalConfig, RolloutConfig
-from fastrl.memory.limit import resident_bytes
+from fastrl.memory.limit import MemoryLimit, resident_bytes
+from fastrl.memory.recovery import is_out_of_memory
 from fastrl.report import read_metrics
 from fastrl.run import train
 from tests.test_training import numbers, tiny_config, weights
@@ -30,8 +34,50 @@ def checksum(completions):
 """
 
 
+def fails(make: Callable[[], object]) -> bool:
+    """Whether there is no memory for it; another failure is an error."""
+    try:
+        make()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return True
+    return False
+
+
+def ones(mib: int) -> torch.Tensor:
+    """So much of torch's memory, in use."""
+    return torch.ones(mib * MIB, dtype=torch.uint8)
+
+
+def beyond_a_limit() -> dict[str, Any]:
+    """Allocations of every kind, with 200 MiB to go."""
+    limit = resident_bytes() + 200 * MIB
+    with MemoryLimit(limit, torch.device("cpu")).kept():
+        kept = ones(100)
+        within = {
+            "large": fails(lambda: ones(120)),
+            "python": fails(lambda: bytearray(120 * MIB)),
+            "small": fails(lambda: [torch.ones(1000) for _ in range(50_000)]),
+            "fits": fails(lambda: ones(10)),
+        }
+        child = os.fork()
+        if child == 0:
+            os._exit(fails(lambda: ones(300)))
+        status = os.waitpid(child, 0)[1]
+        excess = (resident_bytes() - limit) / MIB
+        del kept
+    return {
+        "fails_within": within,
+        "fails_in_child": bool(status),
+        "fails_afterwards": fails(lambda: ones(300)),
+        "excess_mib": excess,
+    }
+
+
 def main(directory: Path) -> None:
     """A limit between what a step takes in one pass, 230 MiB, and in two."""
+    beyond = beyond_a_limit()
     (directory / "reward.py").write_text(REWARD, encoding="utf-8")
     base = tiny_config("")
     architecture = {
@@ -62,6 +108,7 @@ def main(directory: Path) -> None:
     train(dataclasses.replace(config, **sizes))  # type: ignore[arg-type]
     mine, others = (weights(directory / name) for name in ("limited", "small"))
     found = {
+        **beyond,
         "failures": row["memory/oom"],
         "passes": row["packing/passes"],
         "same_metrics": numbers(directory / "limited") == numbers(directory / "small"),

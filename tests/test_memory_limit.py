@@ -31,55 +31,6 @@ ROOT = Path(__file__).parent.parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux")
 
 
-def in_python(code: str, *arguments: object) -> str:
-    """What a process of its own prints."""
-    result = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
-
-
-BEYOND = """
-import os, subprocess, torch
-from fastrl.memory.limit import MemoryLimit, resident_bytes
-from fastrl.memory.recovery import is_out_of_memory, reason_of
-MIB = 2**20
-def fails(make):
-    try:
-        make()
-    except Exception as error:
-        return is_out_of_memory(error)
-    return "no"
-def ones(mib):
-    return torch.ones(mib * MIB, dtype=torch.uint8)
-limit = MemoryLimit(resident_bytes() + 200 * MIB, torch.device("cpu"))
-with limit.kept():
-    kept = ones(150)
-    print(fails(lambda: ones(80)), fails(lambda: bytearray(80 * MIB)), fails(lambda: ones(20)))
-    small = []
-    def fill():
-        while True:
-            small.append(torch.ones(1000))
-    print(fails(fill), fails(lambda: torch.randn(300, 300) @ torch.randn(300, 300)))
-    small.clear()
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0 if ones(400).sum() else 1)
-    print(os.waitpid(pid, 0)[1])
-    print(resident_bytes() < limit.limit + MIB)
-print(fails(lambda: ones(400)))
-"""
-
-
-@linux
-def test_what_goes_beyond_a_limit_fails_as_memory_does():
-    """Large and small tensors, Python's own objects; not in children, nor after the block."""
-    assert in_python(BEYOND).splitlines() == ["True True no", "True True", "0", "True", "no"]
-
-
 def test_no_limit_changes_nothing():
     limit = MemoryLimit(None, CPU)
     with limit.kept():
@@ -179,10 +130,10 @@ def test_the_plan_stands_beside_what_is_measured(tmp_path):
 
 
 def test_a_model_that_cannot_be_planned_is_trained_without(tmp_path, monkeypatch, capsys):
-    def refuse(config, device):
+    def refuse(*_):
         raise InputError("model.layers.0.mixer (Odd) cannot be planned")
 
-    monkeypatch.setattr("fastrl.memory.expected.survey", refuse)
+    monkeypatch.setattr("fastrl.memory.expected.surveyed", refuse)
     summary = train(tiny_config(tmp_path / "run", max_steps=1))
     shown = capsys.readouterr().out
     assert shown.count("memory is not compared with a plan: model.layers.0.mixer (Odd)") == 1
@@ -192,12 +143,19 @@ def test_a_model_that_cannot_be_planned_is_trained_without(tmp_path, monkeypatch
 
 
 @linux
-def test_a_run_that_meets_its_limit_is_one_with_smaller_passes(tmp_path):
-    """Real allocations that fail; workers of rewards have no limit."""
-    script = ROOT / "tests" / "memory_limit_run.py"
-    code = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
-    out = in_python(code, tmp_path)
-    found = json.loads(out.splitlines()[-1])
+def test_what_goes_beyond_a_limit_fails_and_a_run_goes_on_in_smaller_passes(tmp_path):
+    """Real allocations in a process of its own; its children and workers have no limit."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "memory_limit_run.py"), str(tmp_path)],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["fails_within"] == {"large": True, "python": True, "small": True, "fits": False}
+    assert found["fails_in_child"] is False
+    assert found["fails_afterwards"] is False
+    assert found["excess_mib"] <= 1
     assert 1 <= found["failures"] <= 2
     assert found["passes"] >= 2
     assert found["same_metrics"]

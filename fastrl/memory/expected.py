@@ -5,18 +5,20 @@ what would help when it was not.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
 
-from fastrl.config import Config
+from fastrl.config import Config, ModelConfig
 from fastrl.errors import InputError
 from fastrl.memory.fit import remedies
 from fastrl.memory.plan import GIB, MemoryPlan, Phase
 from fastrl.memory.recovery import OutOfMemory, Recovery, is_out_of_memory, reason_of
 from fastrl.memory.report import lines
-from fastrl.memory.survey import survey
+from fastrl.memory.survey import Survey, survey
 from fastrl.policy import resolve_device
 
 T = TypeVar("T")
@@ -34,7 +36,7 @@ class Expected:
         self.config = config
         self.before = before if device.type == "cpu" else 0
         self.notes: list[str] = []
-        self.survey = self._found(lambda: survey(config, device=device.type))
+        self.survey = self._found(lambda: surveyed(config, device.type))
         self.plan = self._plan_of(config)
         self.planned = config
         """What the plan is of."""
@@ -112,6 +114,18 @@ class Expected:
         found = self._found(lambda: remedies(known, now)) or []
         head = ["what would help, the cheapest first:"] if found else []
         return [*lines(self.plan, limit), *head, *(f"- {remedy}" for remedy in found)]
+
+
+def surveyed(config: Config, device: str) -> Survey:
+    """What plans of a run are made by; runs with the same fresh model in a process share it."""
+    if config.model.path is not None:  # another model may stand there by now
+        return survey(config, device=device)
+    return _survey_of(json.dumps(dataclasses.asdict(config.model), sort_keys=True), device)
+
+
+@lru_cache(maxsize=4)
+def _survey_of(model: str, device: str) -> Survey:
+    return survey(Config(model=ModelConfig(**json.loads(model))), device=device)
 
 
 def held(phase: Phase) -> int:
