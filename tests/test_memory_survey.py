@@ -10,7 +10,8 @@ from fastrl.config import Config, CriticConfig, ModelConfig, OptimConfig, Rollou
 from fastrl.errors import InputError
 from fastrl.memory.model import Fewer
 from fastrl.memory.passes import largest_passes
-from fastrl.memory.survey import Survey, survey
+from fastrl.memory.survey import Survey, method_of, survey
+from fastrl.memory.trained import trained_of
 from fastrl.optim import LeanAdamW
 
 D, I, V, L = 64, 128, 320, 2  # noqa: E741
@@ -169,14 +170,16 @@ def test_many_layers_are_told_from_few():
 
 def test_passes_are_filled_with_a_part_of_the_next_completion():
     base = config(max_tokens_per_pass=100)
-    passes = largest_passes(base, 0.0)
+    trained = trained_of(base, method_of(base), is_half=False)
+    assert trained.sizes == (4, 4, 4, 4)
+    passes = largest_passes(base, trained, 0.0)
     # A prompt with four completions takes 24 + 4 * 19 = 100 tokens.
     assert passes.first.numbers == (100, 77, 80)
-    passes = largest_passes(dataclasses.replace(base, max_tokens_per_pass=150), 0.0)
+    passes = largest_passes(dataclasses.replace(base, max_tokens_per_pass=150), trained, 0.0)
     # Behind another prompt of 24 tokens there is room for four of 7 tokens, of which 6 are encoded.
     assert passes.first.numbers == (148, 77 + 4 * 6 + 1, 80 + 4 * 7)
     assert passes.next == passes.first
-    whole = largest_passes(dataclasses.replace(base, max_tokens_per_pass=1000), 0.0)
+    whole = largest_passes(dataclasses.replace(base, max_tokens_per_pass=1000), trained, 0.0)
     assert whole.first.numbers == (400, 4 * 77, 320)
     assert whole.next is None
 

@@ -1,8 +1,9 @@
 """Autocast for tensors on "meta", which have none: the same casts, and the same copies kept.
 
 Within `torch.autocast("cpu")` a `Casts` mode rounds the operands of matrix products as autocast
-does on the devices, forward and where layers are computed again. A float32 weight that is trained
-is rounded once: autocast keeps the copy until its block ends.
+does on the devices. A float32 weight that is trained is rounded once: autocast keeps the copy until
+its block ends. In the backward pass there are no such modes, so layers that are computed again
+begin one of their own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -50,6 +51,36 @@ def _rounded(value: Any) -> Any:
     if value not in copies:
         copies[value] = value.to(torch.bfloat16)
     return copies[value]
+
+
+@contextmanager
+def casts_in(*models: nn.Module) -> Iterator[None]:
+    """Within the block layers of the models round wherever they run, in the backward pass too."""
+    modes: list[Casts] = []
+
+    def begin(*_: Any) -> None:
+        modes.append(Casts())
+        modes[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        modes.pop().__exit__(None, None, None)
+
+    hooks = [
+        hook
+        for module in {module for model in models for module in model.modules()}
+        if type(module).__name__ == "Conv1D"  # of transformers
+        or isinstance(module, nn.Linear)
+        or hasattr(module, "gradient_checkpointing")
+        for hook in (
+            module.register_forward_pre_hook(begin),
+            module.register_forward_hook(end, always_call=True),
+        )
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

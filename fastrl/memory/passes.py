@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastrl.config import Config
 from fastrl.errors import InputError
+from fastrl.memory.trained import Trained
 from fastrl.packing import PackedPass, Plan
 from fastrl.packing.groups import MIN_TOKEN_RATIO
 from fastrl.packing.passes import split_into_passes
@@ -49,7 +50,7 @@ class Passes(NamedTuple):
     """The largest of those that come when there are gradients already; None for a single pass."""
 
 
-def largest_passes(config: Config, head_row_cost: float) -> Passes:
+def largest_passes(config: Config, trained: Trained, head_row_cost: float) -> Passes:
     """Those of completions as long as they may be, and the first as full as shorter ones make it.
 
     head_row_cost: what the row of a trained token at the head takes, in packed tokens.
@@ -62,31 +63,28 @@ def largest_passes(config: Config, head_row_cost: float) -> Passes:
             f"max_tokens_per_pass must hold one prompt and completion with its rows at the head, "
             f"at least {math.ceil(needed)} tokens, got {budget}"
         )
-    P, G = prompts_of_a_part(config), rollout.num_generations
-    shared, unshared = P * (length + G * (size - 1)), P * G * (length + size - 1)
+    counts = trained.sizes
+    shared = len(counts) * length + sum(counts) * (size - 1)
+    unshared = sum(counts) * (length + size - 1)
     is_shared = unshared >= MIN_TOKEN_RATIO * shared
-    num_groups, members = (P, G) if is_shared else (P * G, 1)
+    members = counts if is_shared else (1,) * sum(counts)
     passes = split_into_passes(
-        [length] * num_groups, [[size] * members] * num_groups,
+        [length] * len(members), [[size] * count for count in members],
         max_tokens_per_pass=budget, head_row_cost=head_row_cost,
     )  # fmt: skip
-    groups = [[Group(length, [size] * len(members)) for _, members in pairs] for pairs in passes]
+    groups = [[Group(length, [size] * len(some)) for _, some in pairs] for pairs in passes]
     if len(groups) > 1:
-        is_continued = passes[0][-1][0] == passes[1][0][0]
-        more = Group(0, [1]) if is_continued else Group(length, [1] * members)
+        following, some = passes[1][0]
+        is_continued = passes[0][-1][0] == following
+        more = Group(0, [1]) if is_continued else Group(length, [1] * len(some))
         _fill(groups[0], more, budget, head_row_cost)
-    first = _work(groups[0], config.workspace_mb, is_shared=is_shared)
+    works = [
+        _work(some, config.workspace_mb, trained.token_fraction, is_shared=is_shared)
+        for some in groups[:2]
+    ]
     if len(groups) == 1:
-        return Passes(first, None)
-    if len(groups) == 2:
-        return Passes(first, _work(groups[1], config.workspace_mb, is_shared=is_shared))
-    return Passes(first, first)
-
-
-def prompts_of_a_part(config: Config) -> int:
-    """Prompts of the largest optimizer step of a step."""
-    num_prompts = config.prompts_per_step
-    return math.ceil(num_prompts / min(config.num_mini_batches, num_prompts))
+        return Passes(works[0], None)
+    return Passes(works[0], works[1] if len(groups) == 2 else works[0])
 
 
 class Group(NamedTuple):
@@ -114,7 +112,9 @@ def _fill(groups: list[Group], more: Group, budget: int, head_row_cost: float) -
     groups[-1].sizes.extend([size] * len(more.sizes))
 
 
-def _work(groups: Sequence[Group], workspace_mb: float, *, is_shared: bool) -> Work:
+def _work(
+    groups: Sequence[Group], workspace_mb: float, token_fraction: float, *, is_shared: bool
+) -> Work:
     lengths, parents, num_rows = [], [], 0
     for group in groups:
         num_rows += sum(group.sizes)
@@ -128,8 +128,9 @@ def _work(groups: Sequence[Group], workspace_mb: float, *, is_shared: bool) -> W
     num_tokens = sum(lengths)
     # The last token of a shared prompt predicts the first one of all its completions.
     num_shared = sum(len(group.sizes) - 1 for group in groups) if is_shared else 0
+    num_needed, num_rows = num_rows - num_shared, math.ceil(token_fraction * num_rows)
     segments = make_segments(lengths, parents)
-    return Work(num_tokens, num_rows - num_shared, num_rows, segments, workspace_mb)
+    return Work(num_tokens, min(num_needed, num_rows), num_rows, segments, workspace_mb)
 
 
 def pass_on_meta(work: Work, *, has_reference: bool, dtype: torch.dtype) -> PackedPass:

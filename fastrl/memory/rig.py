@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -102,15 +103,22 @@ def watch_gradients(ledger: Ledger, learner: MetaLearner, policy: MetaPolicy) ->
     """Let the ledger know gradients as such, and when the backward pass is through the upper
     layers; returns hooks to remove.
     """
-    hooks: list[Any] = [
-        parameter.register_post_accumulate_grad_hook(lambda p: ledger.tag(p.grad, "gradients"))
-        for parameter in learner.trained
-    ]
+
+    def watch(parameters: Iterable[Tensor]) -> list[Any]:
+        return [
+            x.register_post_accumulate_grad_hook(lambda p: ledger.tag(p.grad, "gradients"))
+            for x in parameters
+        ]
+
+    hooks = watch(learner.weights)
+    if learner.critic is not None and learner.critic_stepper is not None:
+        with learner.critic.in_use():  # where its adapter is trained
+            hooks += watch(learner.critic_stepper._parameters())
     layers = layers_of(policy.model)
     if layers is None or len(layers) <= BELOW_THE_LAST:
         return hooks
     below = layers[len(layers) - 1 - BELOW_THE_LAST]
-    own = {id(parameter) for parameter in learner.trained}
+    own = {id(parameter) for parameter in learner.weights}
     first = next((x for x in below.parameters() if id(x) in own), None)
     if first is not None:
         hooks.append(first.register_post_accumulate_grad_hook(lambda _: ledger.mark("update")))

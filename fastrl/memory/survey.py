@@ -31,6 +31,7 @@ from fastrl.memory.plan import GIB, MemoryPlan, Phase
 from fastrl.memory.resident import resident_parts, visiting_bytes
 from fastrl.memory.rig import critic_on_meta, needs_reference, reference_on_meta
 from fastrl.memory.timeline import BLOCK, Moment, Window
+from fastrl.memory.trained import trained_of
 from fastrl.memory.update_phase import Rig, program_of, recorded
 from fastrl.memory_modes import check_memory_modes
 from fastrl.methods.record import Method
@@ -120,7 +121,10 @@ class Survey:
     def update_phases(self, config: Config) -> list[Phase]:
         """Phases "score", "update" and "step"."""
         method, resident = method_of(config), self.resident(config)
-        passes = largest_passes(config, self.head_row_cost(config))
+        is_half = self.policy(config, num_layers=1).is_half
+        trained = trained_of(config, method, is_half=is_half)
+        method = trained.method
+        passes = largest_passes(config, trained, self.head_row_cost(config))
         windows: list[Window] = []
         if passes.next is None or passes.next is not passes.first:
             windows += self._windows(config, method, passes.first, has_gradients=False)

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 
 from fastrl.config import Config
-from fastrl.critic import Critic
+from fastrl.critic import Critic, ModelCritic
 from fastrl.integrations.hybrids import calls_of_mixers
 from fastrl.integrations.last_layer import MIN_SAVED
 from fastrl.loss import PassBackward, measure, token_statistics
-from fastrl.memory.arithmetic import Casts
+from fastrl.memory.arithmetic import casts_in
 from fastrl.memory.kernels import OBJECTIVE
 from fastrl.memory.ledger import Ledger
 from fastrl.memory.model import MetaPolicy
@@ -108,7 +108,8 @@ def recorded(rig: Rig, work: Work, *, has_gradients: bool) -> Timeline:
     item = pass_on_meta(work, has_reference=rig.reference is not None, dtype=dtype)
     hooks = watch_gradients(ledger, learner, rig.policy)
     token = meant_device.set(rig.device)
-    casts = Casts() if rig.policy.bf16 else contextlib.nullcontext()
+    models = [rig.policy.model, *([rig.critic.body] if isinstance(rig.critic, ModelCritic) else [])]
+    casts = casts_in(*models) if rig.policy.bf16 else contextlib.nullcontext()
     try:
         with layer_named(rig.policy.model), casts, ledger:
             _step(rig, learner, item, ledger, has_gradients=has_gradients)
