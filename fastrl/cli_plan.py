@@ -178,7 +178,7 @@ def _print(
         print(line)
     if outcome is not None and outcome.suggestions:
         print_table(
-            suggest.HEADER, suggest.rows(outcome.suggestions, plan),
+            suggest.HEADER, suggest.rows(outcome.suggestions),
             title="not set, because they change what is computed",
         )  # fmt: skip
 

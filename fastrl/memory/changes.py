@@ -28,7 +28,7 @@ WHY = {
 }
 ROUNDS = "rounds the reference policy, and with it the KL to it"
 WORTH = 0.02
-"""Of what a config needs: a remedy that saves less is none."""
+"""Of what a config needs, or of its time: what saves less is not worth telling."""
 
 
 class Change(NamedTuple):

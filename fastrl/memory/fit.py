@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 from fastrl.config import Config
 from fastrl.errors import InputError
-from fastrl.memory.changes import Change, changes_of, single_changes
+from fastrl.memory.changes import WORTH, Change, changes_of, single_changes
 from fastrl.memory.knobs import PATHS, Knobs, settings_of
 from fastrl.memory.plan import MemoryPlan
 from fastrl.memory.report import gib
 from fastrl.memory.search import Planner, fastest, knobs_for, smallest
 from fastrl.memory.suggest import Suggestion, suggestions
-from fastrl.memory.survey import Survey, survey
+from fastrl.memory.survey import Survey
 from fastrl.memory.work import sizes_of
 
 TIGHT = 0.02
@@ -65,15 +65,28 @@ def fit(surveyed: Survey, config: Config, limit: int, name: str) -> Outcome:
         config=fitted,
         plan=found.plan,
         changes=changes,
-        suggestions=suggestions(fitted, plan_of, _new_plan_of(surveyed)) if is_tight else [],
+        suggestions=_suggestions(surveyed, fitted, limit) if is_tight else [],
         slower=slower,
         num_plans=found.num_plans,
         headline=_headline(before, found.plan, limit, name, slower, len(changes)),
     )
 
 
+def _suggestions(surveyed: Survey, config: Config, limit: int) -> list[Suggestion]:
+    """Those worth telling: less memory by a share of WORTH, or less time within the limit."""
+    now = surveyed.plan(config).needed
+    found = []
+    for suggestion in suggestions(config, surveyed.plan, _new_plan_of(surveyed)):
+        needed, slower = suggestion.needed, suggestion.slower
+        saves = needed is None or needed < (1 - WORTH) * now
+        if saves or (needed is not None and needed <= limit and slower < 1 - WORTH):
+            found.append(suggestion)
+    return found
+
+
 def _new_plan_of(surveyed: Survey) -> Planner:
-    return lambda config: survey(config, device=surveyed.device).plan(config)
+    # The packages of an adapter or of 4 bits need not be here: the run may be elsewhere.
+    return lambda config: Survey(config, device=surveyed.device).plan(config)
 
 
 def _headline(
@@ -96,7 +109,7 @@ def _impossible(knobs: Knobs, limit: int, name: str, surveyed: Survey) -> str:
         for key, value in settings._asdict().items()
         if value != getattr(settings_of(knobs.config), key)
     )
-    told = suggestions(config, surveyed.plan, _new_plan_of(surveyed))
+    told = _suggestions(surveyed, config, limit)
     enough = [x for x in told if x.needed is not None and x.needed <= limit]
     hint = "; no single change of the mathematics is enough"
     if enough:

@@ -23,7 +23,8 @@ from fastrl.methods.needs import requirements
 from fastrl.methods.resolve import resolve_method
 
 WORKSPACES = (32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
-CHUNKS = (512, 2048)
+CHUNKS = (512, 2048, 8192, 32768)
+"""Of an MLP; a pass is cut into 4 to 16 of them, more would save little."""
 ROUNDED = ("8bit", "4bit")
 PATHS = {
     "max_tokens_per_pass": "max_tokens_per_pass",
@@ -132,10 +133,9 @@ class Knobs:
             others.append((True, True))
         return [own, *(other for other in others if other != own)]
 
-    def chunks(self) -> list[int]:
-        """Tokens that an MLP looks at together, where a pass can have more."""
-        most = budgets(self.config, self.sizes)[1]
-        return self._choices("mlp_chunk_size", (0, *(size for size in CHUNKS if size < most)))
+    def chunks(self, budget: int) -> list[int]:
+        """Tokens that an MLP looks at together, where a pass has so many."""
+        return self._choices("mlp_chunk_size", (0, *[x for x in CHUNKS if 4 * x <= budget][-1:]))
 
     def optimizers(self) -> list[str]:
         """Moments in the memory of the CPU have the bits of those on a GPU."""
@@ -207,20 +207,19 @@ class Knobs:
         return found
 
     def _candidates(self, rounded: Sequence[str]) -> Iterator[Candidate]:
-        for (checkpointing, offloading), chunk in itertools.product(self.modes(), self.chunks()):
-            base = self.own._replace(
-                checkpointing=checkpointing, offloading=offloading, mlp_chunk_size=chunk
-            )
+        for checkpointing, offloading in self.modes():
+            base = self.own._replace(checkpointing=checkpointing, offloading=offloading)
             for budget in self.budgets(base.of(self.config)):
-                settings = base._replace(max_tokens_per_pass=budget)
-                yield from self._with_passes(settings, rounded)
+                for chunk in self.chunks(budget):
+                    settings = base._replace(mlp_chunk_size=chunk, max_tokens_per_pass=budget)
+                    # Rows at the head count more where layers keep less.
+                    if budget >= self.budgets(settings.of(self.config))[0]:
+                        yield from self._with_passes(settings, rounded)
 
     def _with_passes(self, base: Settings, rounded: Sequence[str]) -> Iterator[Candidate]:
         """All that have the same passes, each part of their cost computed once."""
         work = work_of(base.of(self.config), self.sizes)
         largest, is_single = max(x.num_tokens for x in work.passes), len(work.passes) == 1
-        if largest <= base.mlp_chunk_size != self.own.mlp_chunk_size:
-            return  # one chunk
 
         def pricer(**changes: Any) -> Pricer:
             return Pricer(base._replace(**changes).of(self.config), self.sizes, self.device, work)
@@ -267,7 +266,7 @@ class Knobs:
         others = [own._replace(max_tokens_per_pass=x) for x in self.budgets(own.of(self.config))]
         others += [own._replace(workspace_mb=x) for x in self.workspaces()]
         others += [own._replace(checkpointing=x, offloading=y) for x, y in self.modes()]
-        others += [own._replace(mlp_chunk_size=x) for x in self.chunks()]
+        others += [own._replace(mlp_chunk_size=x) for x in self.chunks(own.max_tokens_per_pass)]
         others += [own._replace(optimizer=x) for x in self.optimizers()]
         others += [own._replace(in_backward=x) for x in self.in_backwards()]
         others += [own._replace(reference=x) for x in self.references(rounded=rounded)]

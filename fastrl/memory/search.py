@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from fastrl.config import Config
 from fastrl.errors import InputError
-from fastrl.memory.knobs import ROUNDED, Candidate, Knobs
+from fastrl.memory.knobs import ROUNDED, Candidate, Knobs, Settings
 from fastrl.memory.plan import MemoryPlan
 
 SAMPLING = ("rollout", "evaluate")
@@ -97,27 +97,34 @@ def _is_ruled_out(candidate: Candidate, failed: Collection[Needs]) -> bool:
 
 def least_of_kinds(knobs: Knobs, *, rounded: Sequence[str] = ()) -> list[Candidate]:
     """Of the candidates whose training phases can be compared, that which takes least."""
-    checkpointing, offloading = max(knobs.modes(), key=sum)
-    cache = min(knobs.caches(), key=lambda gib: float("inf") if gib is None else gib)
-    base = knobs.own._replace(
-        checkpointing=checkpointing, offloading=offloading, kv_cache_gib=cache,
-        mlp_chunk_size=min(knobs.chunks(), key=lambda size: size or float("inf")),
-    )  # fmt: skip
-    budgets = knobs.budgets(base.of(knobs.config))
     found: dict[Needs, Candidate] = {}
-    for optimizer, reference, in_backward, budget, workspace in itertools.product(
-        knobs.optimizers(), knobs.references(rounded=rounded), knobs.in_backwards(),
-        (budgets[0], budgets[-1]), sorted(knobs.workspaces(), reverse=True),
-    ):  # fmt: skip
-        candidate = knobs.candidate(base._replace(
-            optimizer=optimizer, reference=reference, in_backward=in_backward,
-            max_tokens_per_pass=budget, workspace_mb=workspace,
-        ))  # fmt: skip
+    for optimizer, reference, in_backward, is_least in itertools.product(
+        knobs.optimizers(), knobs.references(rounded=rounded), knobs.in_backwards(), (True, False)
+    ):
+        base = leanest(knobs, is_least=is_least)
+        candidate = knobs.candidate(
+            base._replace(optimizer=optimizer, reference=reference, in_backward=in_backward)
+        )
         repeats = in_backward == "two_phase" != knobs.own.in_backward
         if candidate is not None and (candidate.is_single or not repeats):
             needs = needs_of(candidate, samples=False)
-            found[needs._replace(size=needs.size[:1])] = candidate  # the last has least workspace
+            found[needs._replace(size=needs.size[:1])] = candidate
     return list(found.values())
+
+
+def leanest(knobs: Knobs, *, is_least: bool) -> Settings:
+    """All that saves memory in passes of one completion, or else of a whole step."""
+    checkpointing, offloading = max(knobs.modes(), key=sum)
+    cache = min(knobs.caches(), key=lambda gib: float("inf") if gib is None else gib)
+    settings = knobs.own._replace(
+        checkpointing=checkpointing, offloading=offloading, kv_cache_gib=cache
+    )
+    for _ in range(2):  # chunks depend on the budget, and the least budget on chunks
+        budget = knobs.budgets(settings.of(knobs.config))[0 if is_least else -1]
+        chunk = min(knobs.chunks(budget), key=lambda size: size or float("inf"))
+        settings = settings._replace(max_tokens_per_pass=budget, mlp_chunk_size=chunk)
+    workspaces = (settings._replace(workspace_mb=size) for size in sorted(knobs.workspaces()))
+    return next((x for x in workspaces if knobs.candidate(x) is not None), settings)
 
 
 def smallest(knobs: Knobs, plan_of: Planner) -> Fit:
@@ -127,7 +134,7 @@ def smallest(knobs: Knobs, plan_of: Planner) -> Fit:
     found = _least(least_of_kinds(knobs, rounded=ROUNDED), knobs, plan_of)
     own = found.candidate.settings
     near = [own._replace(checkpointing=x, offloading=y) for x, y in knobs.modes()]
-    near += [own._replace(mlp_chunk_size=size) for size in knobs.chunks()]
+    near += [own._replace(mlp_chunk_size=x) for x in knobs.chunks(own.max_tokens_per_pass)]
     others = (knobs.candidate(settings) for settings in dict.fromkeys(near) if settings != own)
     nearest = _least([found.candidate, *filter(None, others)], knobs, plan_of)
     return nearest._replace(num_plans=found.num_plans + nearest.num_plans)
@@ -147,9 +154,10 @@ def knobs_for(config: Config, sizes: Any, device: str, plan_of: Planner) -> Knob
     plan_of(config)
     knobs = Knobs(config, sizes, device)
     checkpointing = True if not knobs.own.offloading else knobs.own.checkpointing
+    most = knobs.budgets(config)[-1]
     tries: dict[str, dict[str, Any]] = {
         "checkpointing": {"checkpointing": checkpointing},
-        "mlp_chunk_size": {"mlp_chunk_size": knobs.chunks()[-1]},
+        "mlp_chunk_size": {"mlp_chunk_size": knobs.chunks(most)[-1]},
         "reference": {"reference": knobs.references()[-1]},
         "kv_cache_gib": {"kv_cache_gib": knobs.caches()[-1]},
     }

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from fastrl.config import Config
 from fastrl.errors import InputError
-from fastrl.memory.plan import MemoryPlan
+from fastrl.memory.cost import cost_of
 from fastrl.memory.report import gib
 from fastrl.memory.search import Planner
+from fastrl.memory.work import sizes_of
 from fastrl.optim.make import LIBRARIES
 
 RANK = 16
@@ -23,6 +24,7 @@ class Suggestion(NamedTuple):
     setting: str
     effect: str
     needed: int | None  # bytes
+    slower: float = 1.0  # time of a step by the cost model, of that without it
     remark: str = ""
     """Why it cannot be had here, where `needed` is None."""
 
@@ -32,14 +34,16 @@ def suggestions(config: Config, plan_of: Planner, new_plan_of: Planner) -> list[
 
     plan_of: of configs with the same model; new_plan_of: of those with another adapter.
     """
-    found = []
+    sizes, found = sizes_of(config), []
     for setting, effect, change, is_new in _options(config):
+        changed = change(config)
         try:
-            plan = (new_plan_of if is_new else plan_of)(change(config))
+            plan = (new_plan_of if is_new else plan_of)(changed)
         except InputError as error:
-            found.append(Suggestion(setting, effect, None, str(error)))
+            found.append(Suggestion(setting, effect, None, remark=str(error)))
             continue
-        found.append(Suggestion(setting, effect, plan.needed))
+        times = [cost_of(x, sizes, plan.device).update for x in (changed, config)]
+        found.append(Suggestion(setting, effect, plan.needed, times[0] / times[1]))
     return found
 
 
@@ -93,16 +97,16 @@ def _optim(**changes: Any) -> Callable[[Config], Config]:
     return change
 
 
-HEADER = ("setting, with all else as above", "needs", "saves", "what it changes")
+HEADER = ("setting, with all else as above", "needs", "time of an update", "what it changes")
 
 
-def rows(found: list[Suggestion], plan: MemoryPlan) -> list[tuple[str, ...]]:
-    """A line of a table for each; plan: of the config without them."""
+def rows(found: list[Suggestion]) -> list[tuple[str, ...]]:
+    """A line of a table for each."""
     return [
         (
             x.setting,
             "-" if x.needed is None else f"{gib(x.needed)} GiB",
-            "-" if x.needed is None else f"{gib(plan.needed - x.needed)} GiB",
+            "-" if x.needed is None else f"{x.slower:.2f} x",
             x.remark or x.effect,
         )
         for x in found
