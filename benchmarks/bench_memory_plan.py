@@ -96,12 +96,12 @@ def line(found: Sequence[Outcome]) -> str:
 def main() -> int:
     """Prints a line a case; returns 1 where a goal is missed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="those cases that the tests have")
+    parser.add_argument("--quick", action="store_true", help="a few of the cases")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time")
     args = parser.parse_args()
-    cases = [x for x in CASES if args.only in x.name and (x.in_tests or not args.quick)]
+    cases = [x for x in CASES if args.only in x.name and (x.is_quick or not args.quick)]
     where, rows, num_missed = environment("cpu"), [], 0
     print(f"  {'':40} {'plan MiB':>8} {'measured':>8} {'ratio':>6}")
     with ThreadPoolExecutor(args.processes) as pool:

@@ -27,16 +27,34 @@ from measure import tracked_peak
 from memory_cases import CASES, NO_TOKEN, Case, merged, model
 from memory_trace import mark, span, traced
 
-ON_A_GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
 SMALL = {
     "prompts_per_step": 2,
     "rollout": {"max_prompt_length": 32, "max_completion_length": 16},
     "model": {"architecture": {"num_hidden_layers": 2, "vocab_size": 512}},
 }
-"""In place of what all cases have; as near, and done in a second."""
+"""In place of what all cases have; plans are as near, and a run takes a second."""
+ROWS = {
+    "data": {"eval_size": 6},
+    "eval": {"num_samples": 4},
+    "rollout": {"max_completion_length": 68},
+}
+BOUNDED = {"rollout": {"engine_args": {"kv_cache_gib": 1.5 / 1024}}}
+LARGE = {
+    "rollout": {"max_prompt_length": 256, "max_completion_length": 256},
+    "model": {"device": "cuda"},
+}
+RUNS = [
+    *(
+        case
+        for case in CASES
+        if case.name
+        in ("llama", "qwen3_moe", "grpo with KL", "autocast", "split", "split, 8-bit moments",
+            "two phases", "recomputed", "lora")
+    ),
+    Case("two passes", {"max_tokens_per_pass": 200}),
+    Case("many rows", ROWS),
+    Case("many rows, bounded", merged(ROWS, BOUNDED)),
+]  # fmt: skip
 CALL = Call(num_prompts=4, num_generations=3, prompt_length=7, completion_length=90)
 BUDGETS = {"no limit": None, "room for all": 4 * 7 + 12 * 90, "room for few": 450, "for one": 280}
 
@@ -159,18 +177,22 @@ def no_positions_kept() -> None:
     random_bits._positions.cache_clear()
 
 
-@pytest.mark.parametrize("case", [x for x in CASES if x.in_tests], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", RUNS, ids=[case.name for case in RUNS])
 def test_a_plan_is_near_what_its_run_takes(case, no_positions_kept):
     small = case._replace(options=merged(SMALL, case.options))
     found = {outcome.phase: outcome for outcome in outcomes(small)}
-    assert set(found) >= {PEAK, "rollout", "update", "step", "evaluate"}
+    assert set(found) >= {PEAK, "rollout", "update", "evaluate"}
+    assert ("step" in found) == ("two phases" not in case.name)  # which steps in the backward pass
     for outcome in found.values():
         assert 1 - UNDER <= outcome.ratio <= 1 + OVER, outcome
 
 
-@pytest.mark.parametrize("options", [{}, model(precision="autocast")])
-@pytest.mark.parametrize("marks", [pytest.param(None, marks=ON_A_GPU)])
-def test_a_plan_is_near_what_its_run_takes_on_a_gpu(options, marks):
-    case = Case("on a GPU", {**options})
-    found = outcomes(case, device="cuda")[0]
-    assert 1 - UNDER <= found.ratio <= 1 + OVER, found
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("options", [{}, model(precision="split")], ids=["float32", "split"])
+def test_a_plan_is_near_what_its_run_takes_on_a_gpu(options):
+    """A model of 100M parameters: what an allocator rounds, and libraries keep, is little of it."""
+    fields = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8}
+    case = Case("on a GPU", merged(merged(LARGE, {"model": {"architecture": fields}}), options))
+    peak, *_ = outcomes(case)
+    assert 1 - UNDER <= peak.ratio <= 1 + OVER, peak

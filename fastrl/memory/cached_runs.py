@@ -6,10 +6,12 @@ Legend: P prompts, R rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fastrl.memory.decoder_runs import prefill, run
 from fastrl.memory.engine_moments import Call
@@ -19,34 +21,59 @@ from fastrl.rollout.continuous_batching import FREE_SHARE, ContinuousBatchingEng
 from fastrl.rollout.requests import Request
 
 Parts = Mapping[str, int]
+LOGITS_OF_GENERATE = 2
+"""The model's own, and the scores that become those of the drawn tokens."""
 LOGITS_ALIVE = 3
 """Copies of a batch's logits while transformers draws from them: as given, processed, softmax."""
 
 
-def cached_call(policy: Policy, device: str, call: Call, num_copies: int) -> Iterator[Parts]:
+class FlashAttention(TorchFunctionMode):
+    """Attention of torch as it runs on devices: scores are never there whole.
+
+    On "meta" it would be products of whole matrices, with a copy of keys and values for each head.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, _, v = args[:3]
+        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else q.dtype
+        return q.new_empty(*q.shape[:-1], v.shape[-1], dtype=dtype)
+
+
+def cached_call(policy: Policy, device: str, call: Call, engine: str) -> list[Parts]:
     """Of the prompts' forward pass, and of the last step, whose keys and values are the longest.
 
-    num_copies: of each prompt that are encoded.
+    Engine "native" has a prompt once for all its completions, and the arithmetic of training;
+    "generate" has a copy for each, in the arithmetic of the weights.
     """
-    per_prompt = call.num_generations // num_copies
+    is_native = engine == "native"
+    num_copies = 1 if is_native else call.num_generations
+    rows = tuple(range(call.num_generations // num_copies))
     ids = torch.zeros(call.prompt_length, dtype=torch.int64)
-    requests = [
-        Request(ids, tuple(range(per_prompt))) for _ in range(call.num_prompts * num_copies)
-    ]
+    requests = [Request(ids, rows)] * (call.num_prompts * num_copies)
     decoder = CachedDecoder(policy)
-    with policy.autocast():
-        peak = run(lambda: decoder.admit(requests), device, num_rows=call.num_rows).peak
-    yield _parts(peak, cache_bytes(decoder.cache))
-    tokens = torch.zeros(call.num_rows, dtype=torch.int64, device=policy.device)
+    with policy.autocast() if is_native else nullcontext(), FlashAttention():
+        ledger = run(lambda: decoder.admit(requests), device, num_rows=call.num_rows)
+        found = [_parts(ledger.peak, cache_bytes(decoder.cache))]
+        tokens = torch.zeros(call.num_rows, dtype=torch.int64, device=policy.device)
 
-    def last_step() -> None:
-        lengthen(decoder.cache, call.completion_length - 2)
-        decoder.step(tokens)
+        def last_step() -> None:
+            lengthen(decoder.cache, max(call.completion_length - 2, 0))
+            decoder.step(tokens)
 
-    if call.completion_length > 1:
-        with policy.autocast():
-            peak = run(last_step, device).peak
-        yield _parts(peak, cache_bytes(decoder.cache))
+        ledger = run(last_step, device)
+        return [*found, _parts(ledger.peak, cache_bytes(decoder.cache))]
+
+
+def copied_logits(policy: Policy, call: Call, engine: str) -> int:
+    """Bytes of logits that `generate` has beside those that tokens are drawn from."""
+    num_columns = policy.lm_head.num_columns
+    copies = 0 if engine == "native" else LOGITS_OF_GENERATE
+    return copies * call.num_rows * num_columns * torch.float32.itemsize
 
 
 def paged_call(policy: Policy, device: str, arguments: Mapping[str, Any], call: Call) -> Parts:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from fastrl.adapters import adapter_off
 from fastrl.config import Config
 from fastrl.integrations.decoding import has_state
 from fastrl.integrations.folding import adapted_layers
-from fastrl.memory.cached_runs import cached_call, paged_call
+from fastrl.memory.cached_runs import cached_call, copied_logits, paged_call
 from fastrl.memory.cards import memory_of
 from fastrl.memory.decoder_runs import Prefill, decoder_step, drawing, growth, prefill
 from fastrl.memory.engine_moments import Call, Moment, moments
@@ -65,28 +65,38 @@ class Setting(NamedTuple):
 
 def highest_moment(setting: Setting, call: Call) -> Parts:
     """Bytes by what they are for; none for engines that are programs of their own."""
-    config, device, policy = setting.config, setting.device, setting.few
-    engine = config.rollout.engine
+    policy, engine = setting.few, setting.config.rollout.engine
     if engine in OTHERS:
         return {}
-    if engine == "hf_cb":
-        with policy.evaluating():
-            return paged_call(policy, device, config.rollout.engine_args, call)
-    num_rows = call.num_rows
-    with policy.evaluating(), _folded(setting):
+    with policy.evaluating(), setting.more.evaluating(), _folded(setting):
+        if engine == "hf_cb":
+            return _both(setting, lambda few: [_paged(setting, few, call)])[0]
         if engine == "native" and not has_state(policy.model):
             found, num_rows = _native(setting, call)
+            copied = 0
         else:
-            # transformers' own cache; `generate` has a copy of the prompt for every completion.
-            num_copies = 1 if engine == "native" else call.num_generations
-            found = list(cached_call(policy, device, call, num_copies))
-    drawn = drawing(policy, device, setting.sampling, num_rows)
+            found = _both(setting, lambda few: cached_call(few, setting.device, call, engine))
+            num_rows = call.num_rows
+            copied = copied_logits(policy, call, engine)
+    drawn = drawing(policy, setting.device, setting.sampling, num_rows) + copied
     found += [
         {**{part: size for part, size in parts.items() if part != "activations"}, "sampling": drawn}
         for parts in found
     ]
     highest = max(found, key=lambda parts: sum(parts.values()))
     return Counter(highest) + Counter(_kept(setting, call))
+
+
+def _both(setting: Setting, call: Callable[[Policy], list[Parts]]) -> list[Parts]:
+    """What all layers take in some moments, from what few and some more do."""
+    found: list[Parts] = []
+    for few, more in zip(call(setting.few), call(setting.more), strict=True):
+        found.append({part: setting.grown(few[part], more[part]) for part in few})
+    return found
+
+
+def _paged(setting: Setting, policy: Policy, call: Call) -> Parts:
+    return paged_call(policy, setting.device, setting.config.rollout.engine_args, call)
 
 
 def _native(setting: Setting, call: Call) -> tuple[list[Parts], int]:
@@ -197,4 +207,7 @@ def _kept(setting: Setting, call: Call) -> Parts:
 def _folded(setting: Setting) -> AbstractContextManager[object]:
     """Without adapters, where they are in the weights."""
     folds = setting.config.rollout.engine_args.get("fold_adapters")
-    return adapter_off(setting.few.model) if folds else nullcontext()
+    stack = ExitStack()
+    for policy in (setting.few, setting.more) if folds else ():
+        stack.enter_context(adapter_off(policy.model))
+    return stack
