@@ -100,7 +100,7 @@ def prefill(
     pass of a call rounds weights on its way.
     """
     in_pass = min(num_prompts, max(1, PREFILL_TOKENS // length))
-    num_run = min(num_prompts, 2 * in_pass)
+    num_run = 2 * in_pass if num_prompts >= 2 * in_pass else in_pass  # passes that are full
     segments = make_segments([length] * in_pass, [-1] * in_pass)
     decoder = PackedDecoder(policy, capacity)
     ids = torch.zeros(length, dtype=torch.int64)
