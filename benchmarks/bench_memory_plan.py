@@ -59,11 +59,12 @@ def outcomes(case: Case) -> list[Outcome]:
     with tempfile.TemporaryDirectory() as directory:
         config = config_of(case, Path(directory))
         plan = plan_memory(config)
-        peaks = measured(config).peaks
+        trace = measured(config)
+    peaks = trace.peaks
     predicted = {phase.name: phase.total for phase in plan.phases}
     named = [name for name in PHASES if name in predicted and name in peaks]
     found = [Outcome(case.name, name, predicted[name], peaks[name]) for name in named]
-    highest = max(peaks[name] for name in PHASES if name in peaks)
+    highest = max((peaks[name] for name in named), default=trace.highest)
     return [Outcome(case.name, PEAK, plan.peak, highest), *found]
 
 

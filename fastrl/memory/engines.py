@@ -55,6 +55,8 @@ class Setting(NamedTuple):
     """The first layers alone: what a layer takes is given back before the next."""
     more: Policy
     """With one of every kind more that takes turns; `few` itself where that is the whole."""
+    turn: int
+    """How many kinds that is."""
     num_turns: int
     """How often what `more` has is in the whole, beside `few`."""
 
@@ -131,12 +133,16 @@ def _of_a_token(setting: Setting) -> tuple[Prefill, int, int]:
     """A prompt of one token through few layers; what autocast keeps of all weights, and bytes of
     one token's keys and values in all layers.
     """
-    few, more = (
-        prefill(policy, setting.device, num_prompts=1, num_rows=1, length=1, capacity=1)
-        for policy in (setting.few, setting.more)
-    )
-    kept = setting.grown(few.kept, more.kept)
-    return few, kept, setting.grown(few.token_bytes, more.token_bytes)
+    few = _one_token(setting.few, setting.device)
+    kept = few.kept
+    if setting.num_turns and setting.few.bf16:
+        kept = setting.grown(kept, _one_token(setting.more, setting.device).kept)
+    of_turn = sum(layout.token_bytes for layout in few.layouts[-setting.turn :])
+    return few, kept, few.token_bytes + setting.num_turns * of_turn
+
+
+def _one_token(policy: Policy, device: str) -> Prefill:
+    return prefill(policy, device, num_prompts=1, num_rows=1, length=1, capacity=1)
 
 
 def _beside(setting: Setting, token: Prefill, moment: Moment) -> int:

@@ -10,14 +10,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastrl.config import Config
 from fastrl.config_io import objective_of
 from fastrl.evaluate import PROMPTS_PER_BATCH
+from fastrl.integrations.capabilities import decoder_of, without_wrappers
 from fastrl.memory.engine_moments import Call
 from fastrl.memory.engines import OTHERS, Setting, highest_moment
-from fastrl.memory.model import fewer_layers
+from fastrl.memory.model import Fewer, fewer_layers, layers_of
 from fastrl.memory.plan import Phase
 from fastrl.methods.axes import AXES
 from fastrl.methods.record import Method
@@ -30,6 +31,8 @@ from fastrl.values.reference import PROMPTS_PER_BATCH as REFERENCES_PER_BATCH
 if TYPE_CHECKING:
     from fastrl.memory.survey import Survey
 
+LAST = 2
+"""The last layer, after another."""
 TABLE_BYTES = 8 + 3 * 4
 """Of a token in an engine's table: its id, two log-probabilities and an entropy."""
 
@@ -62,8 +65,16 @@ def _with(
     resident: Mapping[str, int], survey: Survey, config: Config, sampling: Sampling, call: Call
 ) -> Mapping[str, int]:
     """What is there all the time and what one call of the engine takes beside it."""
+    # What trains is nothing to sampling: plans that differ in that alone share what is found.
+    plain = replace(
+        config.model, gradient_checkpointing=False, activation_offloading=False, reference="auto"
+    )
+    config = replace(config, model=plain)
+    key = ("sampling", repr(plain), repr(config.rollout), config.memory_limit, sampling, call)
     found = Counter(resident)
-    found.update(highest_moment(setting_of(survey, config, sampling), call))
+    found.update(
+        survey.once(key, lambda: highest_moment(setting_of(survey, config, sampling), call))
+    )
     found["sampling"] += call.num_rows * call.completion_length * TABLE_BYTES
     return {part: size for part, size in found.items() if size}
 
@@ -71,15 +82,24 @@ def _with(
 def setting_of(survey: Survey, config: Config, sampling: Sampling) -> Setting:
     """With as few layers as tell what all of them take."""
     whole = survey.policy(config)
-    fewer = fewer_layers(whole.model)
+    fewer = survey.once(("layers", repr(config.model)), lambda: _fewer(whole.model))
     few, more = (survey.policy(config, num_layers=count) for count in fewer)
     if config.rollout.engine_args.get("fold_adapters"):
         few, more = copy.copy(few), copy.copy(more)  # runs are remembered by policy
+    turn = fewer.second - fewer.first
     num_layers = survey.architecture.get_text_config().num_hidden_layers
-    num_turns = 0
-    if fewer.second > fewer.first:
-        num_turns = (num_layers - fewer.first) // (fewer.second - fewer.first)
-    return Setting(config, sampling, survey.device, whole, few, more, num_turns)
+    num_turns = (num_layers - fewer.first) // turn if turn else 0
+    return Setting(config, sampling, survey.device, whole, few, more, turn, num_turns)
+
+
+def _fewer(model: Any) -> Fewer:
+    """Of layers that are all alike the last, which is told apart, and the one before it."""
+    layers = layers_of(model)
+    if layers is None or len(layers) <= LAST:
+        return fewer_layers(model)
+    kinds = getattr(decoder_of(without_wrappers(model)).config, "layer_types", None) or ()
+    is_alike = len(set(kinds)) <= 1 and len(set(map(str, layers))) == 1
+    return Fewer(LAST, LAST + 1) if is_alike else fewer_layers(model)
 
 
 def _step_calls(config: Config, method: Method) -> Iterator[Call]:
