@@ -35,7 +35,7 @@ from fastrl.run_directory import (
     refuse_own_input,
     starting_point,
 )
-from fastrl.run_state import RunState
+from fastrl.run_state import RunState, bytes_of_weights
 from fastrl.stop_requests import stop_requests
 from fastrl.trainer import Trainer
 from fastrl.values.summary import ValueProgress
@@ -62,12 +62,13 @@ def train(
         check_resumable(load_config(run_directory / "config.toml"), config, allow_change)
     if overwrite:
         refuse_own_input(run_directory, config)
-    limit, before = limit_of(config), resident_bytes()
+    limit = limit_of(config)
     trainer = built(lambda: build_trainer(config, checkpoint), config)
     with closing(trainer.sampler.scorer):
         state = TrainerState()
         if checkpoint is not None:
             state = restore(trainer, run_directory, checkpoint)
+        before = resident_bytes() - bytes_of_weights(trainer)
         expected = Expected(config, trainer.policy.device, before=before)
         run = Run(config, run_directory, trainer, state, checkpoint, expected, limit)
         run.notes += [*notes, *run.look_at_limit()]

@@ -124,3 +124,11 @@ class RunState:
         found = newest_checkpoint(self.directory).checkpoint
         last = "there is no checkpoint" if found is None else f"go on from {found.name} ({resume})"
         return f"a part of the weights has moved by then, which cannot be undone; {last}"
+
+
+def bytes_of_weights(trainer: Trainer) -> int:
+    """Of the policy and of the value model."""
+    modules = [trainer.policy.model]
+    if trainer.critic is not None:
+        modules.append(trainer.critic.trained)
+    return sum(x.nbytes for x in {x for module in modules for x in module.parameters()})

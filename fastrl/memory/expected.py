@@ -32,7 +32,7 @@ class Expected:
     """The plan of a run, if there can be one; `notes` say why not."""
 
     def __init__(self, config: Config, device: torch.device, *, before: int = 0) -> None:
-        """before: bytes that were in use before the policy was built, which a CPU counts too."""
+        """before: bytes in use beside the policy before a run, which a CPU counts too."""
         self.config = config
         self.before = before if device.type == "cpu" else 0
         self.notes: list[str] = []
