@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from fastrl.config import Config, CriticConfig, ModelConfig, OptimConfig, RolloutConfig
 from fastrl.errors import InputError
@@ -164,7 +165,7 @@ def test_many_layers_are_told_from_few():
     few = survey(base)
     assert few._fewer(base.model) == Fewer(4, 5)
     whole = survey(base)
-    whole._found[("fewer", next(key[1] for key in few._found if key[0] == "fewer"))] = Fewer(12, 12)
+    whole._found[next(key for key in few._found if key[0] == "fewer")] = Fewer(12, 12)
     assert phases(few) == phases(whole)
 
 
@@ -199,3 +200,82 @@ def test_a_plan_is_quick():
     phases(found)
     first = time.process_time() - start
     assert first < 1.0
+
+
+FAMILIES = {
+    "llama": {}, "mistral": {"sliding_window": 16}, "qwen2": {}, "phi3": {}, "gemma": {},
+    "gemma2": {"sliding_window": 16},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_families_of_models(model_type):
+    known = vars(AutoConfig.for_model(model_type))
+    names = {**ARCHITECTURE, "n_embd": D, "n_layer": L, "n_head": 4, "n_positions": 512}
+    fields = {key: value for key, value in names.items() if key in known}
+    architecture = {**fields, **FAMILIES[model_type], "model_type": model_type}
+    found = survey(config(architecture))
+    by_name = phases(found)
+    weights = found.resident()["weights"]
+    assert by_name["update"].parts["activations"] > 0
+    # All gradients are there when the optimizer begins, or but one where its step takes most.
+    sizes = {id(x): 4 * x.numel() for x in found.policy().model.parameters()}
+    missing = sum(sizes.values()) - by_name["step"].parts["gradients"]
+    assert missing in (0, *sizes.values())
+    assert weights - sum(sizes.values()) < 1000  # buffers
+
+
+def test_a_model_that_cannot_be_planned_is_refused_by_name():
+    bloom = {"model_type": "bloom", "hidden_size": D, "n_layer": L, "n_head": 4, "vocab_size": V}
+    with pytest.raises(InputError, match="BloomForCausalLM"):
+        phases(survey(config(bloom)))
+
+    class Reads(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, hidden_states):
+            assert hidden_states.flatten()[:2].tolist() != [0.0, 0.0]
+            return self.inner(hidden_states)
+
+    found = survey(config())
+    layer = found.policy(num_layers=L).model.model.layers[1]
+    layer.mlp = Reads(layer.mlp)
+    with pytest.raises(InputError, match=r"Reads at model\.layers\.1\.mlp"):
+        phases(found)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gradient_checkpointing": True, "activation_offloading": True},
+        {"gradient_checkpointing": True, "reference": "cpu", "objective": {"beta": 0.1}},
+        {"precision": "split", "optim": {"optimizer": "adamw_offload"}},
+    ],
+)
+def test_what_a_gpu_has_less_of(fields):
+    plain = {key: fields[key] for key in ("precision", "objective") if key in fields}
+    less = phases(survey(config(**fields), device="cuda"))
+    more = phases(survey(config(**plain), device="cuda"))
+    assert less["update"].total < more["update"].total
+
+
+def test_layers_offloaded_keep_their_inputs_elsewhere():
+    many = {**ARCHITECTURE, "num_hidden_layers": 18}
+    long = {"max_prompt_length": 100, "max_completion_length": 100}
+    recomputed = config(many, gradient_checkpointing=True, rollout=long, lora=LORA)
+    settings = dataclasses.replace(recomputed.model, activation_offloading=True)
+    offloaded = dataclasses.replace(recomputed, model=settings)
+    found = survey(recomputed, device="cuda")
+    trained = trained_of(recomputed, method_of(recomputed), is_half=False)
+    work = largest_passes(recomputed, trained, found.head_row_cost(recomputed)).first
+    kept, gone = (
+        phases(found, changed)["update"].parts["activations"] for changed in (recomputed, offloaded)
+    )
+    # Eighteen inputs against three.
+    assert kept - gone == pytest.approx(15 * work.num_tokens * D * 4, rel=0.1)

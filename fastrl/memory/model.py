@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastrl.activations import INPUTS_ON_DEVICE
 from fastrl.adapters import with_adapter
 from fastrl.config import ModelConfig
 from fastrl.errors import InputError
 from fastrl.integrations.bare_models import bare_model, model_config
-from fastrl.integrations.capabilities import decoder_of, without_wrappers
+from fastrl.integrations.capabilities import check_model, decoder_of, without_wrappers
 from fastrl.integrations.chunked_mlp import chunk_mlps
 from fastrl.integrations.offload import offload_checkpoints
 from fastrl.memory.arithmetic import autocast
@@ -34,6 +35,8 @@ from fastrl.precision import frozen_dtype, store_weights, trained_dtype
 
 FEW_LAYERS = 4
 """Of alike layers: the first, the last, and some in between."""
+FEW_OFFLOADED = FEW_LAYERS + INPUTS_ON_DEVICE
+"""Where inputs of layers come and go, until as many are there as ever."""
 META = torch.device("meta")
 SPECIAL_TOKENS = {"eos_token_id": 0, "pad_token_id": 0, "bos_token_id": None}
 """Of a fresh policy; its own are not known before its tokenizer."""
@@ -104,7 +107,8 @@ def whole_model(config: Any, settings: ModelConfig, *, device: str) -> Any:
                 )  # fmt: skip
             model = with_adapter(model, settings.lora, seed=0)
     store_weights(model, trained=trained, frozen=frozen)
-    return model.train()
+    check_model(without_wrappers(model.train()))
+    return model
 
 
 def value_body(config: Any, precision: str) -> Any:
@@ -143,8 +147,8 @@ def layers_of(model: Any) -> nn.ModuleList | None:
     return lists[0] if len(lists) == 1 else None
 
 
-def fewer_layers(model: Any) -> Fewer:
-    """How many layers tell what all of them take.
+def fewer_layers(model: Any, *, least: int = FEW_LAYERS) -> Fewer:
+    """How many layers tell what all of them take, at least so many.
 
     A model begins with some layers of their own kind, and then p kinds take turns to its end; both
     numbers leave out whole turns, and the second has one more than the first.
@@ -161,7 +165,7 @@ def fewer_layers(model: Any) -> Fewer:
         key=sum, default=(0, L),
     )  # fmt: skip
     first = L
-    while first - turn >= max(FEW_LAYERS, start + turn):
+    while first - turn >= max(least, start + turn):
         first -= turn
     return Fewer(first, first + turn) if 2 * first + turn < L else Fewer(L, L)
 

@@ -9,7 +9,6 @@ Legend: L layers.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +31,7 @@ from fastrl.memory.resident import resident_parts, visiting_bytes
 from fastrl.memory.rig import critic_on_meta, needs_reference, reference_on_meta
 from fastrl.memory.timeline import BLOCK, Moment, Window
 from fastrl.memory.trained import trained_of
-from fastrl.memory.update_phase import Rig, program_of, recorded
+from fastrl.memory.update_phase import Place, Rig, program_of, recorded
 from fastrl.memory_modes import check_memory_modes
 from fastrl.methods.record import Method
 from fastrl.methods.resolve import resolve_method
@@ -85,7 +84,7 @@ class Survey:
             model = models.with_layers(self._whole(settings), num_layers or self.num_layers)
             return models.with_modes(model, settings, device=self.device)
 
-        return self._once(key, make)
+        return self.once(key, make)
 
     def resident(self, config: Config | None = None) -> Mapping[str, int]:
         """Bytes by part that lie on the device between two steps, from the second on."""
@@ -103,7 +102,7 @@ class Survey:
             body = self._value_body(config, method)
             return resident_parts(config, method, policy, body, device=self.device)
 
-        return self._once(key, make)
+        return self.once(key, make)
 
     def head_row_cost(self, config: Config) -> float:
         """What a trained token's row at the head takes of a pass, in packed tokens."""
@@ -127,9 +126,10 @@ class Survey:
         passes = largest_passes(config, trained, self.head_row_cost(config))
         windows: list[Window] = []
         if passes.next is None or passes.next is not passes.first:
-            windows += self._windows(config, method, passes.first, has_gradients=False)
+            place: Place = "only" if passes.next is None else "first"
+            windows += self._windows(config, method, passes.first, place)
         if passes.next is not None:
-            windows += self._windows(config, method, passes.next, has_gradients=True)
+            windows += self._windows(config, method, passes.next, "last")
         extra = {"other": CUBLAS_BYTES} if self.device == "cuda" else {}
         found = []
         for name in COMPUTED:
@@ -142,15 +142,13 @@ class Survey:
             found.append(Phase(name, parts))
         return found
 
-    def _windows(
-        self, config: Config, method: Method, work: Work, *, has_gradients: bool
-    ) -> list[Window]:
+    def _windows(self, config: Config, method: Method, work: Work, place: Place) -> list[Window]:
         """The highest moments of a pass through all layers, from passes through few."""
         fewer = self._fewer(config.model)
-        first = self._recorded(config, method, work, fewer.first, has_gradients)
+        first = self._recorded(config, method, work, place, fewer.first)
         if fewer.second == fewer.first:
             return first
-        second = self._recorded(config, method, work, fewer.second, has_gradients)
+        second = self._recorded(config, method, work, place, fewer.second)
         turns = (self.num_layers - fewer.first) // (fewer.second - fewer.first)
         assert [x.name for x in first] == [x.name for x in second]
         return [
@@ -159,19 +157,16 @@ class Survey:
         ]
 
     def _recorded(
-        self, config: Config, method: Method, work: Work, num_layers: int, has_gradients: bool
+        self, config: Config, method: Method, work: Work, place: Place, num_layers: int
     ) -> list[Window]:
         rig = self._rig(config, method, num_layers)
-        program = program_of(rig, work, has_gradients=has_gradients)
+        program = program_of(rig, work, place)
         key = ("growth", num_layers, _key(config.model), config.critic.model, program)
 
         def make() -> Growth:
-            return Growth(
-                lambda work: recorded(rig, work, has_gradients=has_gradients),
-                is_affine=not program.has_mixers,
-            )
+            return Growth(lambda work: recorded(rig, work, place), is_affine=not program.has_mixers)
 
-        return self._once(key, make).at(work).windows(work)
+        return self.once(key, make).at(work).windows(work)
 
     def _rig(self, config: Config, method: Method, num_layers: int) -> Rig:
         policy = self.policy(config, num_layers=num_layers)
@@ -183,10 +178,10 @@ class Survey:
                 own = policy.copied() if kind == "lora" else policy
                 return own, critic_on_meta(config, own, self._value_body(config, method))
 
-            policy, critic = self._once(("critic", settings, kind, num_layers), make_critic)
+            policy, critic = self.once(("critic", settings, kind, num_layers), make_critic)
         if needs_reference(method):
             follows = method.reference_update is not None or config.warm_start.steps > 0
-            reference = self._once(
+            reference = self.once(
                 ("reference", settings, num_layers, follows, id(policy)),
                 lambda: reference_on_meta(config, method, policy),
             )
@@ -194,26 +189,28 @@ class Survey:
 
     def _whole(self, settings: ModelConfig) -> Any:
         alike = models.same_weights(settings)
-        return self._once(
+        return self.once(
             ("whole", _key(alike)),
             lambda: models.whole_model(self.architecture, alike, device=self.device),
         )
 
     def _fewer(self, settings: ModelConfig) -> Fewer:
-        key = ("fewer", _key(models.same_weights(settings)))
-        return self._once(key, lambda: models.fewer_layers(self._whole(settings)))
+        is_offloaded = settings.activation_offloading
+        least = models.FEW_OFFLOADED if is_offloaded else models.FEW_LAYERS
+        key = ("fewer", least, _key(models.same_weights(settings)))
+        return self.once(key, lambda: models.fewer_layers(self._whole(settings), least=least))
 
     def _value_body(self, config: Config, method: Method) -> Any:
         """The layers of a value model that is a directory's; None for another, or none."""
         directory, settings = config.critic.model, config.model
         if method.value_loss is None or directory in ("head", "lora"):
             return None
-        return self._once(
+        return self.once(
             ("body", directory, settings.precision, settings.gradient_checkpointing),
             lambda: models.value_body(model_config(Path(directory)), settings.precision),
         )
 
-    def _once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         if key not in self._found:
             self._found[key] = make()
         return self._found[key]
@@ -228,17 +225,26 @@ def survey(config: Config, *, device: str | None = None) -> Survey:
         device = resolve_device(config.model.device).type
     if device not in BLOCK:
         raise InputError(f"memory is planned for cpu or cuda, got {device!r}")
-    check_memory_modes(config.model, torch.device(device))
+    settings = dataclasses.replace(config.model, use_liger_kernel=False)
+    if settings.lora:  # bitsandbytes and liger need not be here to plan with them
+        settings = dataclasses.replace(settings, load_in_4bit=False)
+    check_memory_modes(settings, torch.device(device))
     return Survey(config, device=device)
 
 
 def method_of(config: Config) -> Method:
     """The method that a configuration trains by."""
-    return resolve_method(config.method, objective_of(config))
+    key = (config.method, repr(config.objective))
+    if key not in _methods:
+        _methods[key] = resolve_method(config.method, objective_of(config))
+    return _methods[key]
+
+
+_methods: dict[tuple[str, str], Method] = {}
 
 
 def _key(settings: ModelConfig) -> str:
-    return json.dumps(dataclasses.asdict(settings), sort_keys=True, default=str)
+    return repr(settings)
 
 
 def _sum(*parts: Mapping[str, int]) -> dict[str, int]:

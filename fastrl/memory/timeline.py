@@ -24,10 +24,6 @@ class Pulse(NamedTuple):
     again: Callable[[Any], int] | None = None
     """The same on other work; None where it does not matter."""
 
-    def on(self, work: Any) -> int:
-        """Bytes that it takes on some work; None for that of the recording."""
-        return self.num_bytes if work is None or self.again is None else self.again(work)
-
 
 class Mark(NamedTuple):
     """Where something begins."""
@@ -68,19 +64,18 @@ class Timeline(NamedTuple):
     def windows(self, work: Any = None) -> list[Window]:
         """The highest moment after each mark; `work` is what pulses are functions of."""
         blocks = self._blocks()
-        levels = self._levels(blocks)
+        levels, heights = self._levels(blocks), self._heights(work)
         borders = [*self.marks, Mark(len(self.events), len(self.pulses), "")]
         return [
-            Window(start.name, self._highest(levels, blocks, start, end, work))
+            Window(start.name, self._highest(levels, heights, blocks, start, end))
             for start, end in pairwise(borders)
         ]
 
     def peak(self, work: Any = None) -> Moment:
         """The highest moment of all."""
         blocks = self._blocks()
-        levels = self._levels(blocks)
         start, end = Mark(0, 0, ""), Mark(len(self.events), len(self.pulses), "")
-        return self._highest(levels, blocks, start, end, work)
+        return self._highest(self._levels(blocks), self._heights(work), blocks, start, end)
 
     def _blocks(self) -> np.ndarray:
         size = BLOCK[self.device]
@@ -91,14 +86,26 @@ class Timeline(NamedTuple):
         changes = np.sign(self.events) * blocks[np.abs(self.events) - 1]
         return np.concatenate([[0], np.cumsum(changes)])
 
+    def _heights(self, work: Any) -> list[int]:
+        """Bytes of the pulses, those of layers that are alike found out once."""
+        known: dict[Any, int] = {}
+        found = []
+        for pulse in self.pulses:
+            if work is None or pulse.again is None:
+                found.append(pulse.num_bytes)
+                continue
+            if pulse.again not in known:
+                known[pulse.again] = pulse.again(work)
+            found.append(known[pulse.again])
+        return found
+
     def _highest(
-        self, levels: np.ndarray, blocks: np.ndarray, start: Mark, end: Mark, work: Any
+        self, levels: np.ndarray, heights: list[int], blocks: np.ndarray, start: Mark, end: Mark
     ) -> Moment:
-        stretch = levels[start.position : end.position + 1]
-        position = start.position + int(np.argmax(stretch))
+        position = start.position + int(np.argmax(levels[start.position : end.position + 1]))
         total, part, extra = int(levels[position]), "", 0
-        for pulse in self.pulses[start.num_pulses : end.num_pulses]:
-            size = pulse.on(work)
+        stretch = slice(start.num_pulses, end.num_pulses)
+        for pulse, size in zip(self.pulses[stretch], heights[stretch], strict=True):
             if levels[pulse.position] + size > total:
                 position, part, extra = pulse.position, pulse.part, size
                 total = int(levels[position]) + size
@@ -107,7 +114,7 @@ class Timeline(NamedTuple):
         alive[events[events > 0] - 1] = True
         alive[-events[events < 0] - 1] = False
         parts: dict[str, int] = {}
-        for number in np.flatnonzero(alive):
+        for number in np.flatnonzero(alive).tolist():
             name = self.parts[number]
             parts[name] = parts.get(name, 0) + int(blocks[number])
         if extra:

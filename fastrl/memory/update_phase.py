@@ -9,7 +9,7 @@ Legend: N packed tokens, S trained tokens.
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -35,6 +35,9 @@ from fastrl.reference import Reference
 from fastrl_kernels.head import accumulation_dtype
 from fastrl_kernels.plan import explain, meant_device
 
+Place = Literal["only", "first", "last"]
+"""Of a pass in its step: alone, with others after it, or after others that have left gradients."""
+
 
 class Rig(NamedTuple):
     """All that a step runs, on "meta"."""
@@ -52,7 +55,7 @@ class Program(NamedTuple):
 
     optimizer: str
     in_backward: str
-    has_gradients: bool
+    place: Place
     reference: str | None
     follows: bool
     measures: bool
@@ -67,7 +70,7 @@ class Program(NamedTuple):
     """Whether layers mix tokens otherwise than by attention."""
 
 
-def program_of(rig: Rig, work: Work, *, has_gradients: bool) -> Program:
+def program_of(rig: Rig, work: Work, place: Place) -> Program:
     """That of `recorded`."""
     config, method, policy = rig.config, rig.method, rig.policy
     token = meant_device.set(rig.device)
@@ -80,7 +83,7 @@ def program_of(rig: Rig, work: Work, *, has_gradients: bool) -> Program:
     size = config.model.mlp_chunk_size
     counts = (work.num_tokens, work.num_needed) if size else ()
     return Program(
-        config.optim.optimizer, config.optim.in_backward, has_gradients,
+        config.optim.optimizer, config.optim.in_backward, place,
         config.model.reference if rig.reference is not None else None,
         method.reference_update is not None or config.warm_start.steps > 0,
         measures(method), estimates_from_tokens(method), method.entropy_coef != 0,
@@ -98,8 +101,8 @@ def measures(method: Method) -> bool:
     return needs_view(method) if method.ratio_to_sampler else looks_past_tokens(method)
 
 
-def recorded(rig: Rig, work: Work, *, has_gradients: bool) -> Timeline:
-    """A step on a pass; has_gradients: of passes before it."""
+def recorded(rig: Rig, work: Work, place: Place) -> Timeline:
+    """A step, as far as one of its passes."""
     ledger = Ledger(
         rig.device, num_tokens=work.num_tokens, num_needed=work.num_needed, segments=work.segments
     )
@@ -112,7 +115,7 @@ def recorded(rig: Rig, work: Work, *, has_gradients: bool) -> Timeline:
     casts = casts_in(*models) if rig.policy.bf16 else contextlib.nullcontext()
     try:
         with layer_named(rig.policy.model), casts, ledger:
-            _step(rig, learner, item, ledger, has_gradients=has_gradients)
+            _step(rig, learner, item, ledger, place)
     finally:
         meant_device.reset(token)
         for hook in hooks:
@@ -120,19 +123,17 @@ def recorded(rig: Rig, work: Work, *, has_gradients: bool) -> Timeline:
     return ledger.recording.timeline()
 
 
-def _step(
-    rig: Rig, learner: MetaLearner, item: PackedPass, ledger: Ledger, *, has_gradients: bool
-) -> None:
+def _step(rig: Rig, learner: MetaLearner, item: PackedPass, ledger: Ledger, place: Place) -> None:
     config, method, policy = rig.config, rig.method, rig.policy
     temperature, workspace_mb = config.rollout.temperature, config.workspace_mb
-    num_passes = 1 + has_gradients
+    num_passes = 1 if place == "only" else 2
     ledger.mark("score")
     if rig.reference is not None:
         token_statistics(rig.reference, item.plan, temperature, workspace_mb=workspace_mb)
     hidden = None
     if measures(method) or config.num_mini_batches > 1:
         keeps_graph = not (
-            has_gradients or config.num_mini_batches > 1
+            num_passes > 1 or config.num_mini_batches > 1
             or learner.stepper.runs_backward_twice(num_passes)
         )  # fmt: skip
         critic = rig.critic if estimates_from_tokens(method) else None
@@ -150,11 +151,11 @@ def _step(
     del hidden
 
     def run(index: int) -> None:
-        if index < num_passes - 1:
+        if place == "last" and index == 0:
             _leave_gradients(learner, ledger)
-            return
-        backward(0)
-        if config.optim.in_backward == "off":
+        if index == (place == "last"):
+            backward(0)
+        if index == num_passes - 1 and config.optim.in_backward == "off":
             ledger.mark("step")
 
     learner.step(num_passes, run, trains_policy=True)
