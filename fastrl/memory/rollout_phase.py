@@ -31,8 +31,8 @@ from fastrl.values.reference import PROMPTS_PER_BATCH as REFERENCES_PER_BATCH
 if TYPE_CHECKING:
     from fastrl.memory.survey import Survey
 
-LAST = 2
-"""The last layer, after another."""
+ALIKE = 3
+"""Of layers that are all alike: the first, whose input stays, the last, and one between them."""
 TABLE_BYTES = 8 + 3 * 4
 """Of a token in an engine's table: its id, two log-probabilities and an entropy."""
 
@@ -93,13 +93,13 @@ def setting_of(survey: Survey, config: Config, sampling: Sampling) -> Setting:
 
 
 def _fewer(model: Any) -> Fewer:
-    """Of layers that are all alike the last, which is told apart, and the one before it."""
+    """As few layers as meet the highest moment, and one of every kind more."""
     layers = layers_of(model)
-    if layers is None or len(layers) <= LAST:
+    if layers is None or len(layers) <= ALIKE:
         return fewer_layers(model)
     kinds = getattr(decoder_of(without_wrappers(model)).config, "layer_types", None) or ()
     is_alike = len(set(kinds)) <= 1 and len(set(map(str, layers))) == 1
-    return Fewer(LAST, LAST + 1) if is_alike else fewer_layers(model)
+    return Fewer(ALIKE, ALIKE + 1) if is_alike else fewer_layers(model)
 
 
 def _step_calls(config: Config, method: Method) -> Iterator[Call]:
