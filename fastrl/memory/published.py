@@ -61,7 +61,8 @@ CONTEXTS = (
           f"{RL_GUIDE}/grpo-long-context"),
     Claim("Unsloth, GRPO", "Qwen3-VL-8B, 4 bits; G not stated", {24: "32,000"},
           f"{RL_GUIDE}/grpo-long-context"),
-    Claim("Unsloth, GRPO", "Llama 3.1 8B, 4 bits, with vLLM; G not stated", {80: "47,500"},
+    Claim("Unsloth, GRPO", "Llama 3.1 8B, 4 bits, with vLLM; G and card not stated, an H100 "
+          "in the sentence before", {80: "47,500"},
           f"{RL_GUIDE}/memory-efficient-rl"),
     Claim("Unsloth, supervised", "Llama 3.1 8B, 4 bits, r = 32, one sequence",
           {8: "2,972", 12: "21,848", 16: "40,724", 24: "78,475", 48: "191,728", 80: "342,733"},
@@ -86,7 +87,7 @@ FIGURES = (
            "8-bit paged AdamW, Liger", "9.2 GB on a T4, 9.6 GB on an A100", TRL_NOTEBOOK),
     Figure("TRL, GRPO", "the same in full, nothing of that", "62 GB on an A100", TRL_NOTEBOOK),
     Figure("TRL with FlashAttention 2, GRPO, by Unsloth",
-           "Llama 3.1 8B, 4 bits, G = 8, context of 20,000", "510.8 GB",
+           "Llama 3.1 8B, G = 8, context of 20,000", "510.8 GB",
            "https://unsloth.ai/blog/grpo"),
     Figure("Unsloth, GRPO", "the same", "54.3 GB", "https://unsloth.ai/blog/grpo"),
     Figure("Unsloth, GRPO", "Qwen2.5-1.5B, adapter; context not stated", "5 GB",

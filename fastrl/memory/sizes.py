@@ -40,8 +40,8 @@ passes of one completion or of a whole step, recomputation with offload, small w
 AdamW's moments in the memory of the CPU, gradients freed in the
 backward pass, room for one group's keys and values. Precision is split in all three modes; LoRA \
 and NF4 have r = {rank} on all linear layers; G completions of one prompt a step.
-Predicted, not measured, for what a card gives a process in GiB: {cards}. "all": every position \
-that the model has; "-": not even {least} tokens.
+Predicted, not measured, for what a card gives a process in GiB: {cards}. "all": the {positions:,} \
+positions that the models have; "-": not even {least} tokens.
 Made by `python -m fastrl.memory.sizes docs/memory.md`."""
 
 
@@ -139,7 +139,13 @@ def header() -> tuple[str, ...]:
 def document(rows: Iterable[Sequence[str]]) -> str:
     """Everything between the marks."""
     cards = ", ".join(f"{name} {CARDS[name].usable:.4g}" for name in BY_SIZE.values())
-    text = TEXT.format(prompt=PROMPT, rank=RANK, cards=cards, least=PROMPT + STEP)
+    text = TEXT.format(
+        prompt=PROMPT,
+        rank=RANK,
+        cards=cards,
+        least=PROMPT + STEP,
+        positions=positions_of(next(iter(MODELS))),
+    )
     claims = []
     for claim in CONTEXTS:
         contexts = (claim.contexts.get(size, "not published") for size in BY_SIZE)
