@@ -18,7 +18,7 @@ from fastrl_kernels.plan import Shape
 from fastrl_kernels.segment_attention import workspace
 
 torch.set_num_threads(1)
-S, D, V = 70, 64, 1500
+S, D, V = 20, 32, 300
 CLIPPED = Objective(SURROGATES["clipped_ratio"], (0.2, 0.2))
 targets, ones = torch.arange(S), torch.ones(S)
 hidden, weight = torch.randn(S, D).requires_grad_(), torch.randn(V, D).requires_grad_()
@@ -38,15 +38,15 @@ print("forward", forward, bytes_inside("forward", shape, 256, needs_grad=[False]
 print("one_pass", tracked_peak(loss),
       bytes_inside("one_pass", shape, 256, needs_grad=needs) + grads)
 
-segments = make_segments([90, 60, 50, 40], [-1, 0, 0, 0])
-q, k, v = (torch.randn(240, heads, 32).requires_grad_() for heads in (4, 2, 2))
+segments = make_segments([40, 20, 18, 12], [-1, 0, 0, 0])
+q, k, v = (torch.randn(90, heads, 32).requires_grad_() for heads in (4, 2, 2))
 out = segment_attention(q, k, v, segments, implementation="triton")
 grad = torch.ones_like(out)
 taken = workspace.bytes_inside(
     segments, num_heads=4, num_kv_heads=2, head_size=32, value_size=32, dtype=torch.float32,
     window=None,
 )
-print("attention", tracked_peak(lambda: out.backward(grad)), taken + 4 * 240 * 8 * 32)
+print("attention", tracked_peak(lambda: out.backward(grad)), taken + 4 * 90 * 8 * 32)
 """
 
 
