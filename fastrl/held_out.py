@@ -12,6 +12,7 @@ from fastrl.config import Config
 from fastrl.conversations import answers_of
 from fastrl.errors import InputError
 from fastrl.evaluate import Evaluation, evaluate_policy
+from fastrl.memory.limit import limit_of
 from fastrl.seeding import make_generator
 from fastrl.trainer import Trainer
 from fastrl.types import Prompts
@@ -40,7 +41,11 @@ def evaluate_held_out(trainer: Trainer, prompts: Prompts) -> Evaluation:
 
 
 def evaluate(config: Config, run_directory: Path | None) -> Evaluation:
-    """Held-out evaluation of a finished or running run, or of the model a config names."""
+    """Held-out evaluation of a finished or running run, or of the model a config names.
+
+    Within the config's memory_limit; what finds no room there is sampled again with fewer rows.
+    """
+    limit = limit_of(config)
     directory = None
     if run_directory is not None:
         final = run_directory / "final"
@@ -48,5 +53,5 @@ def evaluate(config: Config, run_directory: Path | None) -> Evaluation:
         if directory is None:
             raise InputError(f"{run_directory} has neither final nor a checkpoint to evaluate")
     trainer = build_trainer(config, directory)
-    with closing(trainer.sampler.scorer):
+    with closing(trainer.sampler.scorer), limit.kept():
         return evaluate_held_out(trainer, trainer.encode(trainer.task.eval_examples()))

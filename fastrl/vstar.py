@@ -8,6 +8,7 @@ from fastrl.assembly import build_trainer
 from fastrl.config import Config
 from fastrl.determinism import deterministic
 from fastrl.errors import InputError
+from fastrl.memory.limit import limit_of
 from fastrl.values.summary import OnBatch, ValueSummary
 from fastrl.warm_start import WarmStart
 
@@ -18,8 +19,9 @@ def run_vstar(config: Config, *, on_batch: OnBatch | None = None) -> ValueSummar
     The reference is the policy that training starts from: after the warm start, if there is one,
     which is a function of the config. on_batch: called after each batch is on disk.
     """
+    limit = limit_of(config)
     trainer = build_trainer(config)
-    with closing(trainer.sampler.scorer), deterministic(trainer.policy.device):
+    with closing(trainer.sampler.scorer), deterministic(trainer.policy.device), limit.kept():
         values = trainer.sampler.values
         if values is None:
             raise InputError(

@@ -61,7 +61,7 @@ class Survey:
         """Of a configuration of the same model, adapter and weights of 4 bits; that of the survey
         unless one is given.
         """
-        from fastrl.memory.rollout_phase import rollout_phases
+        from fastrl.memory.rollout_phase import rollout_notes, rollout_phases
 
         config = config or self.config
         sampled = {phase.name: phase for phase in rollout_phases(self, config)}
@@ -72,7 +72,8 @@ class Survey:
         is_cuda = self.device == "cuda"
         return MemoryPlan(
             self.device, tuple(phases), CONTEXT_BYTES if is_cuda else 0,
-            round(HOLES * peak) if is_cuda else 0, _notes(config, self.device),
+            round(HOLES * peak) if is_cuda else 0,
+            (*_notes(config, self.device), *rollout_notes(config)),
         )  # fmt: skip
 
     def policy(self, config: Config | None = None, *, num_layers: int | None = None) -> MetaPolicy:

@@ -100,4 +100,5 @@ def tokens_in(gib: float | None, policy: Policy, of_token: int) -> int | None:
     weights = sum(parameter.nbytes for parameter in parameters)
     moments = MOMENT_BYTES * sum(p.numel() for p in parameters if p.requires_grad)
     total = torch.cuda.get_device_properties(policy.device).total_memory
-    return max(int((USABLE * total - weights - moments) / of_token), 0)
+    share = torch.cuda.get_per_process_memory_fraction(policy.device)  # below 1 under memory_limit
+    return max(int((USABLE * share * total - weights - moments) / of_token), 0)
