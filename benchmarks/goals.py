@@ -281,6 +281,13 @@ GOALS = (
     ),
     Goal(
         TRAINER,
+        "planned peak against the measured one, highest of all configurations",
+        most=1.05,
+        quantity="plan_over",
+    ),
+    Goal(TRAINER, "and the lowest of them", least=0.98, quantity="plan_under"),
+    Goal(
+        TRAINER,
         "GiB of 7B, NF4 and LoRA, G = 8, 1k prompt, 4k completions",
         most=16,
         unit="",

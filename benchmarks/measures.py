@@ -177,6 +177,15 @@ def bytes_a_parameter(rows: list[Row]) -> Measured:
     raise ValueError(f"no row of {name!r} tells its peak")
 
 
+def plan_error(extreme: Callable[[list[float]], float]) -> Callable[[list[Row]], Measured]:
+    """Predicted over measured peak, of the configuration where that is highest or lowest."""
+
+    def measure(rows: list[Row]) -> Measured:
+        return Measured(extreme([row["ratio"] for row in rows if row["phase"] == "peak"]))
+
+    return measure
+
+
 def longest_context(budget: int, name: str) -> Callable[[list[Row]], Measured]:
     """Tokens of the longest context in so many MiB; of one that has no end there, the longest that
     was tried.

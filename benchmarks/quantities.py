@@ -30,6 +30,7 @@ from measures import (
     over_objectives,
     part_of_best,
     per_pair,
+    plan_error,
     selecting,
     slowest_plan,
     spilling,
@@ -118,6 +119,8 @@ QUANTITIES: dict[str, Quantity] = {
     "long_update_memory": Quantity(
         "trainer", "x", against_best(f"update {LONG}", "fastrl", "TRL", MEMORY)
     ),
+    "plan_over": Quantity("memory_plan", "x", plan_error(max)),
+    "plan_under": Quantity("memory_plan", "x", plan_error(min)),
     "longest_context": Quantity("frontier", "", longest_context(512, "fastrl, recomputing")),
     "longest_context_of_trl": Quantity(
         "frontier", "", longest_context(512, "TRL GRPOTrainer, recomputing")

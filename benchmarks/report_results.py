@@ -47,6 +47,11 @@ ABOUT = {
         "The longest context in a budget",
         "Of memory beyond weights and optimizer states; one prompt, two completions of half of it.",
     ),
+    "memory_plan": Section(
+        "Plans of memory",
+        "What `fastrl plan` says of a run before it, and what the run then took: two steps and an "
+        "evaluation, counted by torch's own allocator, each in a process of its own.",
+    ),
     "scaling": Section(
         "Scaling", "Time and memory of an update against each size alone, with fitted exponents."
     ),
@@ -134,6 +139,20 @@ def render_frontier(rows: list[Row]) -> str:
     return "\n".join(lines) + f"\n\n{report_rows.where(rows)}"
 
 
+def render_memory_plan(rows: list[Row]) -> str:
+    """A line for each configuration: its peak, and the phases whose plan is farthest off."""
+    titles = ("configuration", "planned, MiB", "measured", "ratio", "farthest phase")
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        phases = {row["phase"]: row for row in rows if row["case"] == case}
+        peak = phases.pop("peak")
+        name = max(phases, key=lambda phase: abs(phases[phase]["ratio"] - 1))
+        sizes = (f"{peak[key] / 2**20:.1f}" for key in ("predicted_bytes", "measured_bytes"))
+        ratios = (f"{peak['ratio']:.3f}", f"{name}, {phases[name]['ratio']:.3f}")
+        lines.append(f"| {' | '.join([case, *sizes, *ratios])} |")
+    return "\n".join(lines) + f"\n\n{report_rows.where(rows)}"
+
+
 RENDERERS: dict[str, Callable[[Any], str]] = {
     "demo": render_demo,
     "demo_ppo": render_demo,
@@ -141,6 +160,7 @@ RENDERERS: dict[str, Callable[[Any], str]] = {
     "d3s_study": render_study,
     "headlines": render_headlines,
     "frontier": render_frontier,
+    "memory_plan": render_memory_plan,
     "kernel_resources": render_kernels,
 }
 
