@@ -58,7 +58,7 @@ def test_show_has_everything_of_a_record():
         return " ".join(" ".join(show(name)).split())
 
     assert "missing: a model trained with DPO" in text("rto")
-    assert "value_coef=0.1, value_lambda=0.95, critic_warmup_steps=0)" in text("ppo")
+    assert "value_coef=0.1, value_lambda=0.95, critic_warmup_steps=0," in text("ppo")
     assert "value model: learns from finished completions" in text("t_ppo")
     assert "unverified: the weight of the penalty" in text("dppo_tv")
     assert "old policy: the sampler's log-probabilities" in text("dppo_tv")

@@ -158,9 +158,9 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_of_other_methods_and_optimizers_too(monkeypatch, name):
+def test_of_other_methods_and_optimizers_too(tmp_path, monkeypatch, name):
     stage, changes = OTHERS[name]
-    base = config_of("unused")
+    base = config_of(tmp_path / "run")
     model = dataclasses.replace(base.model, **changes.get("model", {}))
     config = dataclasses.replace(base, **{**changes, "model": model})
     owner, name, at = STAGES[stage]
