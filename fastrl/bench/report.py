@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from fastrl.bench.recommend import MODE_HEADER, Recommendation, mode_rows, recom
 from fastrl.bench.rows import HEADER, notes, table
 from fastrl.bench.run import Result
 from fastrl.bench.setup import Setup
+from fastrl.installed import versions_of
 
 PrintTable = Callable[..., None]
 PACKAGES = ("fastrl-llm", "torch", "triton", "transformers", "peft", "liger-kernel")
@@ -51,18 +51,13 @@ def report(result: Result, print_table: PrintTable) -> dict[str, Any]:
 def environment(device: torch.device) -> dict[str, str]:
     """What the numbers depend on besides the request."""
     is_cuda = device.type == "cuda"
-    found = {
+    return {
         "device": torch.cuda.get_device_name(device) if is_cuda else _cpu_name(),
         "num_threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "command": " ".join(["fastrl", *sys.argv[1:]]),
+        **versions_of(PACKAGES),
     }
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _print_recommendation(found: Recommendation | None, setup: Setup) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastrl.config import Config
 from fastrl.config_io import as_paths
+from fastrl.installed import versions_of
 from fastrl.memory.plan import GIB, PARTS, MemoryPlan
 
 PACKAGES = ("fastrl-llm", "torch", "transformers", "peft", "bitsandbytes")
@@ -73,17 +73,6 @@ def record(plan: MemoryPlan, config: Config, limit: int | None = None) -> dict[s
         "limit_bytes": limit,
         "fits": None if limit is None else plan.needed <= limit,
         "config": as_paths(config),
-        "versions": versions(),
+        "versions": versions_of(PACKAGES),
         "command": " ".join(["fastrl", *sys.argv[1:]]),
     }
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that a plan depends on, where they are installed."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

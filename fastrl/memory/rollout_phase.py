@@ -24,7 +24,7 @@ from fastrl.methods.axes import AXES
 from fastrl.methods.record import Method
 from fastrl.methods.resolve import resolve_method
 from fastrl.rollout import Sampling
-from fastrl.thinking import thinking_limit
+from fastrl.sampling_settings import sampling_of
 from fastrl.values.kinds import ReferenceRollouts
 from fastrl.values.reference import PROMPTS_PER_BATCH as REFERENCES_PER_BATCH
 
@@ -40,7 +40,7 @@ TABLE_BYTES = 8 + 3 * 4
 def rollout_phases(survey: Survey, config: Config) -> tuple[Phase, ...]:
     """Phases "rollout" and "evaluate" of the config, of completions as long as they may become."""
     method = resolve_method(config.method, objective_of(config))
-    sampling = _sampling(config, method)
+    sampling = sampling_of(config, method)
     settings = config.eval
     held_out = replace(
         sampling, num_generations=settings.num_samples, temperature=settings.temperature
@@ -134,21 +134,6 @@ def _held_out(config: Config) -> tuple[int, int]:
 
 def _lengths(config: Config) -> tuple[int, int]:
     return config.rollout.max_prompt_length, config.rollout.max_completion_length
-
-
-def _sampling(config: Config, method: Method) -> Sampling:
-    rollout = config.rollout
-    return Sampling(
-        num_generations=rollout.num_generations,
-        max_completion_length=rollout.max_completion_length,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        min_p=rollout.min_p,
-        repetition_penalty=rollout.repetition_penalty,
-        stop_strings=rollout.stop_strings,
-        thinking=thinking_limit(method),
-    )
 
 
 def rollout_notes(config: Config) -> tuple[str, ...]:
