@@ -45,13 +45,17 @@ def head_in_float32(head: LMHead) -> LMHead:
     half-precision head come from float32 sums all the same (fastrl_kernels): what a copy changes is
     that hidden states and the gradient of the logits are not rounded to half precision.
     """
+    return head_in_dtype(head, torch.float32)
+
+
+def head_in_dtype(head: LMHead, dtype: torch.dtype) -> LMHead:
+    """The head with its tensors in another dtype; gradients reach the originals."""
     if isinstance(head.weight, NF4Weight):
-        weight = head.weight._replace(dtype=torch.float32)
-        head = head._replace(weight=weight)
+        head = head._replace(weight=head.weight._replace(dtype=dtype))
     else:
-        head = head._replace(weight=head.weight.float())
+        head = head._replace(weight=head.weight.to(dtype))
     return head._replace(
-        bias=None if head.bias is None else head.bias.float(),
-        lora_a=None if head.lora_a is None else head.lora_a.float(),
-        lora_b=None if head.lora_b is None else head.lora_b.float(),
+        bias=None if head.bias is None else head.bias.to(dtype),
+        lora_a=None if head.lora_a is None else head.lora_a.to(dtype),
+        lora_b=None if head.lora_b is None else head.lora_b.to(dtype),
     )

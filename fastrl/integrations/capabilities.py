@@ -16,6 +16,10 @@ SERVED = {"linear_attention", "conv"}  # where each such layer has a module that
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
+class LeakError(RuntimeError):
+    """A model that cannot follow a packed row, which shows only while it runs."""
+
+
 def without_wrappers(model: Any) -> nn.Module:
     """The transformers model inside of torch.compile's and PEFT's wrappers."""
     model = getattr(model, "_orig_mod", model)

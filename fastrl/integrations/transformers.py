@@ -17,7 +17,12 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from fastrl.errors import InputError
 from fastrl.integrations.block import Block, KeepKeyValues, current_block
-from fastrl.integrations.capabilities import check_model, decoder_of, without_wrappers
+from fastrl.integrations.capabilities import (
+    LeakError,
+    check_model,
+    decoder_of,
+    without_wrappers,
+)
 from fastrl.integrations.hybrids import calls_of_mixers, mixers_along_paths
 from fastrl.integrations.last_layer import last_layer_on_rows, rows_of_last_layer
 from fastrl_kernels import Segments, segment_attention
@@ -129,7 +134,7 @@ def _check_calls(model: PreTrainedModel, block: Block) -> None:
         block.mixer_calls[mixer] < num for mixer, num in num_due.items()
     ):
         others = "".join(f", {block.mixer_calls[mixer]} of {mixer}" for mixer in mixers)
-        raise RuntimeError(
+        raise LeakError(
             f"{name} has {num_layers} layers, but {block.num_forwards} forward passes in this "
             f"block made {len(block.windows)} calls of segment attention{others}; the other layers "
             "mix tokens in a way that may leak between completions"
@@ -140,7 +145,7 @@ def _check_calls(model: PreTrainedModel, block: Block) -> None:
         layer_types = [f"{kind}_attention"] * num_layers
     num_sliding = list(layer_types).count("sliding_attention")
     if sum(w is not None for w in block.windows) < num_sliding * block.num_forwards:
-        raise RuntimeError(
+        raise LeakError(
             f"{name} keeps the window of its attention in a mask, which a packed row lacks; "
             "set sliding_window to null in the model's config.json if its rows are shorter"
         )
@@ -180,7 +185,7 @@ def _attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """query (1, H, N, K), key and value (1, Hkv, N, K), as every transformers layer calls it."""
     if segments is None:
-        raise RuntimeError(
+        raise LeakError(
             f"{type(module).__name__} was called without segments: its model does not pass keyword "
             "arguments down to attention; use one that does"
         )
@@ -214,12 +219,12 @@ def refuse_extras(
     tensors = {what for what, given in rest.items() if isinstance(given, Tensor)}
     unknown = sorted(tensors - {"position_ids", "cache_position"})
     if attention_mask is not None or unknown:
-        raise RuntimeError(
+        raise LeakError(
             f"{name} adds a mask or bias of its own ({', '.join(unknown) or 'attention_mask'}), "
             "which a packed row lacks"
         )
     if rest.get("dropout") or rest.get("is_causal") is False:
-        raise RuntimeError(f"{name} asks for dropout or for attention in both directions")
+        raise LeakError(f"{name} asks for dropout or for attention in both directions")
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
