@@ -5,6 +5,7 @@ Legend: D hidden, L layers, I width inside an MLP, A widths of queries, keys and
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -42,6 +43,15 @@ def head_row_cost(
     )  # fmt: skip
     row = 2 * config.get_text_config().hidden_size * head_dtype.itemsize + SCALARS_BYTES
     return row / per_token
+
+
+def smallest_pass(max_prompt_length: int, max_completion_length: int, row_cost: float) -> int:
+    """Tokens of the smallest pass that holds one prompt and completion with its rows at the head.
+
+    row_cost: what the row of a trained token takes, in packed tokens, as `head_row_cost` has it.
+    """
+    rows = row_cost * max_completion_length
+    return math.ceil(max_prompt_length + max_completion_length - 1 + rows)
 
 
 def packed_token_bytes(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from fastrl.activations import smallest_pass
 from fastrl.carried import check_partial_rollouts
 from fastrl.config import Config
 from fastrl.config_io import objective_of
@@ -137,10 +137,14 @@ def _check_lengths(config: Config, trainer: Trainer) -> None:
     positions = getattr(trainer.policy.model.config.get_text_config(), "max_position_embeddings", 0)
     needed = config.rollout.max_prompt_length + config.rollout.max_completion_length
     rows = trainer.head_row_cost * config.rollout.max_completion_length
-    if needed - 1 + rows > config.max_tokens_per_pass:
+    rollout = config.rollout
+    least = smallest_pass(
+        rollout.max_prompt_length, rollout.max_completion_length, trainer.head_row_cost
+    )
+    if least > config.max_tokens_per_pass:
         raise InputError(
             f"max_tokens_per_pass must hold one prompt and completion with its rows at the head, "
-            f"at least {math.ceil(needed - 1 + rows)} tokens ({rows:.1f} of them for the rows), "
+            f"at least {least} tokens ({rows:.1f} of them for the rows), "
             f"got {config.max_tokens_per_pass}"
         )
     if positions and needed > positions:

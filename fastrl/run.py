@@ -19,7 +19,7 @@ from fastrl.evaluate import Evaluation
 from fastrl.held_out import evaluate_held_out
 from fastrl.memory.expected import Expected, built
 from fastrl.memory.limit import MemoryLimit, limit_of, resident_bytes
-from fastrl.methods.needs import requirements
+from fastrl.methods.needs import needs_reference
 from fastrl.progress import make_progress
 from fastrl.reference import make_reference
 from fastrl.replay import Recorder, Replay
@@ -164,8 +164,7 @@ class Run(RunState):
     def _reference(self) -> None:
         """Freeze the policy that training starts from, where the method stays close to it."""
         trainer = self.trainer
-        needs_reference = "ref_logps" in requirements(trainer.method)
-        if not needs_reference or trainer.reference is not None:
+        if not needs_reference(trainer.method) or trainer.reference is not None:
             return
         kind, moves = self.config.model.reference, trainer.method.reference_update is not None
         trainer.reference = make_reference(trainer.policy, kind, moves=moves)

@@ -11,8 +11,9 @@ from fastrl.config import Config, CriticConfig, ModelConfig, OptimConfig, Rollou
 from fastrl.errors import InputError
 from fastrl.memory.model import Fewer
 from fastrl.memory.passes import largest_passes
-from fastrl.memory.survey import Survey, method_of, survey
+from fastrl.memory.survey import Survey, survey
 from fastrl.memory.trained import trained_of
+from fastrl.memory.work import method_of
 from fastrl.optim import LeanAdamW
 
 D, I, V, L = 64, 128, 320, 2  # noqa: E741

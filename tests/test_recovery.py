@@ -15,6 +15,7 @@ import torch
 import fastrl.loss
 import fastrl.trainer
 import fastrl.warm_start
+from fastrl.activations import smallest_pass
 from fastrl.assembly import build_trainer
 from fastrl.checkpoint import load_state
 from fastrl.config import (
@@ -33,7 +34,6 @@ from fastrl.memory.recovery import (
     Recovery,
     is_out_of_memory,
     reason_of,
-    smallest_pass,
 )
 from fastrl.methods.needs import requirements
 from fastrl.optim.lean import LeanAdamW

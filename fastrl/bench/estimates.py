@@ -18,6 +18,7 @@ from fastrl.bench.techniques import Technique
 from fastrl.bench.workload import Layout, Workload, packed_passes, padded_rows, padded_width
 from fastrl.integrations.capabilities import without_wrappers
 from fastrl.integrations.chunked_mlp import mlps_of
+from fastrl.memory.plan import gib
 from fastrl_kernels.plan import explain
 
 LOGITS_COPIES = 3
@@ -49,11 +50,6 @@ class Pass(NamedTuple):
     num_tokens: int  # through the layers
     num_trained: int  # at the head
     num_logits: int  # rows of logits that padded rows make, padding included
-
-
-def gib(num_bytes: float) -> str:
-    """Gibibytes in three digits."""
-    return f"{num_bytes / 2**30:.3g}"
 
 
 def passes_of(work: Workload, layout: Layout, technique: Technique) -> list[Pass]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fastrl.bench.estimates import gib
 from fastrl.bench.models import Blueprint
 from fastrl.bench.request import Request
 from fastrl.bench.rows import Row
+from fastrl.memory.plan import gib
 from fastrl.precision import frozen_dtype
 
 WORTH = 1.05

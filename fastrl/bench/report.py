@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from fastrl.bench.estimates import gib
 from fastrl.bench.recommend import MODE_HEADER, Recommendation, mode_rows, recommend
 from fastrl.bench.rows import HEADER, notes, table
 from fastrl.bench.run import Result
 from fastrl.bench.setup import Setup
 from fastrl.installed import versions_of
+from fastrl.memory.plan import gib
 
 PrintTable = Callable[..., None]
 PACKAGES = ("fastrl-llm", "torch", "triton", "transformers", "peft", "liger-kernel")

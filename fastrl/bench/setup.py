@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastrl.activations import head_row_cost
-from fastrl.bench.estimates import Estimator, Pass, gib, passes_of
+from fastrl.bench.estimates import Estimator, Pass, passes_of
 from fastrl.bench.measuring import available_bytes
 from fastrl.bench.models import Blueprint, draw_blueprint
 from fastrl.bench.request import Request
@@ -19,6 +19,7 @@ from fastrl.bench.techniques import Technique, make_techniques
 from fastrl.bench.workload import Layout, Workload, make_workload
 from fastrl.errors import InputError
 from fastrl.integrations.capabilities import check_model, without_wrappers
+from fastrl.memory.plan import gib
 from fastrl.memory_modes import check_memory_modes
 from fastrl.policy import resolve_device
 from fastrl.precision import trained_dtype

@@ -13,8 +13,8 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 from fastrl.errors import InputError
+from fastrl.memory.plan import GIB
 
-GIB = 2**30
 LEFT = 0.955
 """Of a card that nobody was found to post: 0.965 (RTX 4060) is the least of those without ECC."""
 LEFT_BY_ECC = 0.915

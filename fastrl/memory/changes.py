@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from fastrl.errors import InputError
 from fastrl.memory.knobs import PATHS, ROUNDED, Candidate, Knobs, Settings
-from fastrl.memory.plan import GIB, MemoryPlan
-from fastrl.memory.report import gib
+from fastrl.memory.plan import GIB, MemoryPlan, gib
 from fastrl.memory.search import Planner
 
 TOGETHER = {"offloading": "checkpointing"}

@@ -14,11 +14,9 @@ from collections import Counter
 from typing import NamedTuple
 
 from fastrl.config import Config
-from fastrl.config_io import objective_of
 from fastrl.errors import InputError
-from fastrl.memory.work import ModelSizes, Pass, StepWork, work_of
-from fastrl.methods.needs import requirements
-from fastrl.methods.resolve import resolve_method
+from fastrl.memory.work import ModelSizes, Pass, StepWork, method_of, work_of
+from fastrl.methods.needs import needs_reference
 from fastrl.precision import frozen_dtype, trained_dtype
 from fastrl_kernels.plan import FLOPS_PER_BYTE, MIB, Plan, Shape, make_plan
 
@@ -106,8 +104,7 @@ class Pricer:
 
     def score(self) -> float:
         """Log-probabilities of the reference policy, where the method asks for them."""
-        method = resolve_method(self.config.method, objective_of(self.config))
-        if "ref_logps" not in requirements(method):
+        if not needs_reference(method_of(self.config)):
             return 0.0
         found = 0.0
         for one, count in Counter(self.work.passes).items():

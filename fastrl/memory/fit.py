@@ -8,8 +8,7 @@ from fastrl.config import Config
 from fastrl.errors import InputError
 from fastrl.memory.changes import WORTH, Change, changes_of, single_changes
 from fastrl.memory.knobs import PATHS, Knobs, settings_of
-from fastrl.memory.plan import MemoryPlan
-from fastrl.memory.report import gib
+from fastrl.memory.plan import MemoryPlan, gib
 from fastrl.memory.search import Planner, fastest, knobs_for, smallest
 from fastrl.memory.suggest import Suggestion, suggestions
 from fastrl.memory.survey import Survey

@@ -14,13 +14,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fastrl.config import Config
-from fastrl.config_io import objective_of
 from fastrl.errors import InputError
 from fastrl.memory.cost import Cost, Pricer, cost_of
 from fastrl.memory.plan import GIB
-from fastrl.memory.work import ModelSizes, budgets, layer_dtype, work_of
-from fastrl.methods.needs import requirements
-from fastrl.methods.resolve import resolve_method
+from fastrl.memory.work import ModelSizes, budgets, layer_dtype, method_of, work_of
+from fastrl.methods.needs import needs_reference
 
 WORKSPACES = (32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
 CHUNKS = (512, 2048, 8192, 32768)
@@ -108,8 +106,8 @@ class Knobs:
     ) -> None:  # fmt: skip
         self.config, self.sizes, self.device, self.fixed = config, sizes, device, fixed
         self.own = settings_of(config)
-        method = resolve_method(config.method, objective_of(config))
-        self.needs_reference = "ref_logps" in requirements(method)
+        method = method_of(config)
+        self.needs_reference = needs_reference(method)
         self.moves_reference = method.reference_update is not None
 
     def _choices(self, name: str, others: Sequence[Any]) -> list[Any]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrl.activations import smallest_pass
 from fastrl.config import Config
 from fastrl.errors import InputError
 from fastrl.memory.trained import Trained
@@ -57,11 +58,11 @@ def largest_passes(config: Config, trained: Trained, head_row_cost: float) -> Pa
     """
     rollout, budget = config.rollout, config.max_tokens_per_pass
     length, size = rollout.max_prompt_length, rollout.max_completion_length
-    needed = length + size - 1 + head_row_cost * size
+    needed = smallest_pass(length, size, head_row_cost)
     if needed > budget:
         raise InputError(
             f"max_tokens_per_pass must hold one prompt and completion with its rows at the head, "
-            f"at least {math.ceil(needed)} tokens, got {budget}"
+            f"at least {needed} tokens, got {budget}"
         )
     counts = trained.sizes
     shared = len(counts) * length + sum(counts) * (size - 1)

@@ -7,6 +7,12 @@ from typing import Any, NamedTuple
 
 GIB = 2**30
 
+
+def gib(num_bytes: float) -> str:
+    """Gibibytes in three digits."""
+    return f"{num_bytes / GIB:.3g}"
+
+
 PHASES = ("rollout", "score", "update", "step", "evaluate")
 """score: log-probabilities of the old and the reference policy; step: the optimizer's."""
 PARTS = (

@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastrl.activations import smallest_pass
 from fastrl.config import Config
 from fastrl.errors import InputError
 from fastrl.packing import PackedPass
 from fastrl.types import StepMetrics
 
 T = TypeVar("T")
-GIB = 2**30
 MAX_FAILURES = 3
 """In a step; the last of them ends the run."""
 SIGNS = (
@@ -66,14 +66,6 @@ def free_memory(device: torch.device) -> None:
         return
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def smallest_pass(max_prompt_length: int, max_completion_length: int, row_cost: float) -> int:
-    """Tokens of the smallest pass that holds one prompt and completion with its rows at the head.
-
-    row_cost: what the row of a trained token takes, in packed tokens; see `fastrl.activations`.
-    """
-    return math.ceil(max_prompt_length + (1 + row_cost) * max_completion_length - 1)
 
 
 class Recovery:

@@ -9,15 +9,10 @@ from typing import Any
 from fastrl.config import Config
 from fastrl.config_io import as_paths
 from fastrl.installed import versions_of
-from fastrl.memory.plan import GIB, PARTS, MemoryPlan
+from fastrl.memory.plan import PARTS, MemoryPlan, gib
 
 PACKAGES = ("fastrl-llm", "torch", "transformers", "peft", "bitsandbytes")
 IN_TENSORS, SLACK, OUTSIDE, NEEDED = "in tensors", "slack", "outside", "needed"
-
-
-def gib(num_bytes: float) -> str:
-    """Gibibytes in three digits."""
-    return f"{num_bytes / GIB:.3g}"
 
 
 def table(plan: MemoryPlan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -16,8 +16,8 @@ from fastrl.config import Config
 from fastrl.integrations.capabilities import without_wrappers
 from fastrl.memory.model import MetaPolicy, layers_of
 from fastrl.memory.optimizers import Kept
-from fastrl.memory.rig import needs_reference
 from fastrl.memory.timeline import BLOCK
+from fastrl.methods.needs import needs_reference
 from fastrl.methods.record import Method
 from fastrl.reference import NUM_BITS
 from fastrl.update import look_ahead

@@ -14,7 +14,6 @@ from fastrl.learner import Learner
 from fastrl.memory.ledger import Ledger
 from fastrl.memory.model import META, MetaPolicy, layers_of, recompute
 from fastrl.memory.optimizers import Kept, counted
-from fastrl.methods.needs import requirements
 from fastrl.methods.record import Method
 from fastrl.optim import Stepper, parameter_groups
 from fastrl.precision import trained_dtype
@@ -69,11 +68,6 @@ def critic_on_meta(config: Config, policy: MetaPolicy, body: Any) -> Critic:
         critic.head = new_head(body, policy)
         critic.trained = nn.ModuleList([critic.head, body])
         return critic
-
-
-def needs_reference(method: Method) -> bool:
-    """Whether a run keeps the policy that it starts from."""
-    return "ref_logps" in requirements(method)
 
 
 def reference_on_meta(config: Config, method: Method, policy: MetaPolicy) -> Reference:

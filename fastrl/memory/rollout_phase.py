@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrl.config import Config
-from fastrl.config_io import objective_of
 from fastrl.evaluate import PROMPTS_PER_BATCH
 from fastrl.integrations.capabilities import decoder_of, without_wrappers
 from fastrl.memory.engine_moments import Call
 from fastrl.memory.engines import OTHERS, Setting, highest_moment
 from fastrl.memory.model import Fewer, fewer_layers, layers_of
 from fastrl.memory.plan import Phase
+from fastrl.memory.work import method_of
 from fastrl.methods.axes import AXES
 from fastrl.methods.record import Method
-from fastrl.methods.resolve import resolve_method
 from fastrl.rollout import Sampling
 from fastrl.sampling_settings import sampling_of
 from fastrl.values.kinds import ReferenceRollouts
@@ -39,7 +38,7 @@ TABLE_BYTES = 8 + 3 * 4
 
 def rollout_phases(survey: Survey, config: Config) -> tuple[Phase, ...]:
     """Phases "rollout" and "evaluate" of the config, of completions as long as they may become."""
-    method = resolve_method(config.method, objective_of(config))
+    method = method_of(config)
     sampling = sampling_of(config, method)
     settings = config.eval
     held_out = replace(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fastrl.config import Config
 from fastrl.errors import InputError
 from fastrl.memory.cost import cost_of
-from fastrl.memory.report import gib
+from fastrl.memory.plan import gib
 from fastrl.memory.search import Planner
 from fastrl.memory.work import sizes_of
 from fastrl.optim.make import LIBRARIES

@@ -17,7 +17,6 @@ import torch
 
 from fastrl.activations import head_row_cost
 from fastrl.config import Config, ModelConfig
-from fastrl.config_io import objective_of
 from fastrl.critic import Critic
 from fastrl.errors import InputError
 from fastrl.integrations.bare_models import model_config
@@ -28,13 +27,14 @@ from fastrl.memory.optimizers import LIBRARY_BITS
 from fastrl.memory.passes import Work, largest_passes
 from fastrl.memory.plan import GIB, MemoryPlan, Phase
 from fastrl.memory.resident import resident_parts, visiting_bytes
-from fastrl.memory.rig import critic_on_meta, needs_reference, reference_on_meta
+from fastrl.memory.rig import critic_on_meta, reference_on_meta
 from fastrl.memory.timeline import BLOCK, Moment, Window
 from fastrl.memory.trained import trained_of
 from fastrl.memory.update_phase import Place, Rig, program_of, recorded
+from fastrl.memory.work import method_of
 from fastrl.memory_modes import check_memory_modes
+from fastrl.methods.needs import needs_reference
 from fastrl.methods.record import Method
-from fastrl.methods.resolve import resolve_method
 from fastrl.policy import resolve_device
 
 CONTEXT_BYTES = GIB // 2
@@ -231,17 +231,6 @@ def survey(config: Config, *, device: str | None = None) -> Survey:
         settings = dataclasses.replace(settings, load_in_4bit=False)
     check_memory_modes(settings, torch.device(device))
     return Survey(config, device=device)
-
-
-def method_of(config: Config) -> Method:
-    """The method that a configuration trains by."""
-    key = (config.method, repr(config.objective))
-    if key not in _methods:
-        _methods[key] = resolve_method(config.method, objective_of(config))
-    return _methods[key]
-
-
-_methods: dict[tuple[str, str], Method] = {}
 
 
 def _key(settings: ModelConfig) -> str:

@@ -14,13 +14,27 @@ import torch
 
 from fastrl.activations import head_row_cost
 from fastrl.config import Config
+from fastrl.config_io import objective_of
 from fastrl.integrations.bare_models import model_config
+from fastrl.methods.record import Method
+from fastrl.methods.resolve import resolve_method
 from fastrl.packing.groups import MIN_TOKEN_RATIO
 from fastrl.packing.passes import split_into_passes
 from fastrl.precision import frozen_dtype, trained_dtype
 
 ROUND = 16
 """Budgets of a pass are multiples of it."""
+
+
+def method_of(config: Config) -> Method:
+    """The method that a configuration trains by."""
+    key = (config.method, repr(config.objective))
+    if key not in _methods:
+        _methods[key] = resolve_method(config.method, objective_of(config))
+    return _methods[key]
+
+
+_methods: dict[tuple[str, str], Method] = {}
 
 
 class ModelSizes(NamedTuple):

@@ -13,6 +13,11 @@ OF_TOKENS = PER_TOKEN | {"advantages"}
 """What a choice asks for that has one value for each token."""
 
 
+def needs_reference(method: Method) -> bool:
+    """Whether a run keeps the policy that it starts from."""
+    return "ref_logps" in requirements(method)
+
+
 def looks_past_tokens(method: Method) -> bool:
     """Whether a step needs log-probabilities of all tokens before its first backward pass."""
     if method.loss is not None or method.surrogate.name in SEQUENCE_SURROGATES:

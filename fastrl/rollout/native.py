@@ -17,7 +17,8 @@ from torch import Tensor
 from fastrl.errors import InputError
 from fastrl.integrations.decoding import decoding, has_state
 from fastrl.integrations.folding import folded_adapters
-from fastrl.memory.recovery import GIB, Recovery, is_out_of_memory, reason_of
+from fastrl.memory.plan import GIB
+from fastrl.memory.recovery import Recovery, is_out_of_memory, reason_of
 from fastrl.policy import Policy
 from fastrl.rollout import OnCompletion, Sampling
 from fastrl.rollout.cached import CachedDecoder
