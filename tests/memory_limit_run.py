@@ -6,6 +6,7 @@ Started by tests/test_memory_limit.py in a process of its own: the limit is the 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -100,7 +101,8 @@ def main(directory: Path) -> None:
         rollout=RolloutConfig(num_generations=24, max_prompt_length=48, max_completion_length=64),
     )
     build_trainer(dataclasses.replace(config, reward_workers=0))  # all is imported
-    limit = resident_bytes() + 180 * MIB
+    gc.collect()
+    limit = resident_bytes() + 160 * MIB
     train(dataclasses.replace(config, memory_limit=f"{limit / MIB:.0f}MiB"))
     (row,) = [row for row in read_metrics(directory / "limited") if "loss" in row]
     small = int(row["memory/max_tokens_per_pass"])
