@@ -1,6 +1,7 @@
 """Drop-in parts for reinforcement learning of language models; needs torch and nothing else."""
 
 from fastrl_kernels.decode_attention import decode_attention
+from fastrl_kernels.grpo_modules import FusedLinearGRPOLoss
 from fastrl_kernels.head import LMHead
 from fastrl_kernels.linear_logps import LinearLogps, linear_logps
 from fastrl_kernels.modules import FusedLinearLogps, FusedLinearPolicyLoss
@@ -13,6 +14,7 @@ from fastrl_kernels.token_loss import TokenLoss, token_loss
 from fastrl_kernels.token_selection import select_tokens
 
 __all__ = [
+    "FusedLinearGRPOLoss",
     "FusedLinearLogps",
     "FusedLinearPolicyLoss",
     "LMHead",

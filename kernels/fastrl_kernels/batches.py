@@ -1,0 +1,88 @@
+"""Padded batches as rows of the kernels: what the modules with Liger's signatures share.
+
+B rows of T places, D hidden, V vocabulary. A place that is not trained has an id below 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastrl_kernels.head import LMHead, accumulation_dtype, weight_rows
+from fastrl_kernels.linear_logps import linear_logps
+from fastrl_kernels.modules import head_of
+
+COLUMNS = 4096  # of the vocabulary, whose weights are summed at a time
+
+
+class Settings(NamedTuple):
+    """How a module runs, which changes no result."""
+
+    workspace_mb: float = 256
+    implementation: str = "auto"
+
+
+def head_with_bias(lin_weight: nn.Module | LMHead | Tensor, bias: Tensor | None) -> LMHead:
+    """The head of a weight and a bias, or the one given, which brings its own bias."""
+    head = head_of(lin_weight)
+    if isinstance(head, Tensor):
+        return LMHead(head, bias)
+    if bias is not None:
+        raise ValueError(
+            "bias must be None beside a head that is an LMHead or a layer, which has its own, got "
+            f"a tensor of shape {tuple(bias.shape)}; leave it out"
+        )
+    return head
+
+
+def check_batch(_input: Tensor, target_ids: Tensor, name: str) -> None:
+    """Raise ValueError unless hidden states are (B, T, D) and ids (B, T)."""
+    if _input.dim() != 3 or target_ids.shape != _input.shape[:2]:
+        raise ValueError(
+            f"_input must have shape (B, T, D) and {name} (B, T), got {tuple(_input.shape)} and "
+            f"{tuple(target_ids.shape)}; give the hidden state that predicts each id"
+        )
+
+
+def check_table(name: str, table: Tensor, target_ids: Tensor) -> None:
+    """Raise ValueError unless there is one number for each id."""
+    if table.shape != target_ids.shape:
+        raise ValueError(
+            f"{name} must have one number for each token, shape {tuple(target_ids.shape)}, got "
+            f"{tuple(table.shape)}; cut it to the completions"
+        )
+
+
+def table_logps(
+    _input: Tensor, head: LMHead, target_ids: Tensor, settings: Settings, *, temperature: float = 1
+) -> Tensor:
+    """(B, T) log-probabilities in the dtype of sums, differentiable; 0 where an id is below 0."""
+    out = linear_logps(
+        _input.flatten(0, 1), head, target_ids.flatten(), temperature=temperature,
+        **settings._asdict(),
+    )  # fmt: skip
+    return out.logps.view_as(target_ids)
+
+
+@torch.no_grad()
+def sum_of_logits(hidden_states: Tensor, head: LMHead) -> Tensor:
+    """Sum of all logits of (..., D) hidden states, from sums over rows and columns: no logits."""
+    if head.softcap is not None:
+        raise ValueError(
+            "softcap must be None, got a head with one: the mean of its logits, which this module "
+            "returns, would need them all; take linear_logps and your own formula"
+        )
+    dtype = accumulation_dtype(hidden_states.dtype)
+    hidden = hidden_states.flatten(0, -2)
+    hidden_sum = hidden.sum(0, dtype=dtype)
+    weight_sum = torch.zeros_like(hidden_sum)
+    for start in range(0, head.num_columns, COLUMNS):
+        stop = min(start + COLUMNS, head.num_columns)
+        weight_sum += weight_rows(head, slice(start, stop)).sum(0, dtype=dtype)
+    total = hidden_sum @ weight_sum
+    if head.lora_a is not None and head.lora_b is not None:
+        expanded = head.lora_b[: head.num_columns].sum(0, dtype=dtype)
+        total = total + head.lora_scale * (head.lora_a.to(dtype) @ hidden_sum) @ expanded
+    if head.bias is not None:
+        total = total + hidden.shape[0] * head.bias[: head.num_columns].sum(dtype=dtype)
+    return total * head.logit_scale
