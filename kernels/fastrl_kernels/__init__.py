@@ -7,6 +7,13 @@ from fastrl_kernels.linear_logps import LinearLogps, linear_logps
 from fastrl_kernels.modules import FusedLinearLogps, FusedLinearPolicyLoss
 from fastrl_kernels.plan import Plan, explain
 from fastrl_kernels.policy_loss import PolicyLoss, policy_loss
+from fastrl_kernels.preference_modules import (
+    FusedLinearCPOLoss,
+    FusedLinearDPOLoss,
+    FusedLinearKTOLoss,
+    FusedLinearORPOLoss,
+    FusedLinearSimPOLoss,
+)
 from fastrl_kernels.segment_attention import segment_attention
 from fastrl_kernels.segments import Segments, make_segments
 from fastrl_kernels.selected_logps import selected_logps
@@ -14,9 +21,14 @@ from fastrl_kernels.token_loss import TokenLoss, token_loss
 from fastrl_kernels.token_selection import select_tokens
 
 __all__ = [
+    "FusedLinearCPOLoss",
+    "FusedLinearDPOLoss",
     "FusedLinearGRPOLoss",
+    "FusedLinearKTOLoss",
     "FusedLinearLogps",
+    "FusedLinearORPOLoss",
     "FusedLinearPolicyLoss",
+    "FusedLinearSimPOLoss",
     "LMHead",
     "LinearLogps",
     "Plan",

@@ -65,24 +65,30 @@ def table_logps(
 
 
 @torch.no_grad()
-def sum_of_logits(hidden_states: Tensor, head: LMHead) -> Tensor:
-    """Sum of all logits of (..., D) hidden states, from sums over rows and columns: no logits."""
+def sums_of_logits(hidden_sums: Tensor, num_rows: Tensor, head: LMHead) -> Tensor:
+    """(K,) sums of all logits of K sets of rows, from (K, D) sums of their hidden states.
+
+    num_rows: (K,) in the dtype of sums. No logits are made.
+    """
     if head.softcap is not None:
         raise ValueError(
-            "softcap must be None, got a head with one: the mean of its logits, which this module "
-            "returns, would need them all; take linear_logps and your own formula"
+            f"softcap must be None, got a head with {head.softcap}: the mean of its logits, which "
+            "this module returns, would need them all; take linear_logps and your own formula"
         )
-    dtype = accumulation_dtype(hidden_states.dtype)
-    hidden = hidden_states.flatten(0, -2)
-    hidden_sum = hidden.sum(0, dtype=dtype)
-    weight_sum = torch.zeros_like(hidden_sum)
+    dtype = hidden_sums.dtype
+    weight_sum = torch.zeros_like(hidden_sums[0])
     for start in range(0, head.num_columns, COLUMNS):
         stop = min(start + COLUMNS, head.num_columns)
         weight_sum += weight_rows(head, slice(start, stop)).sum(0, dtype=dtype)
-    total = hidden_sum @ weight_sum
+    totals = hidden_sums @ weight_sum
     if head.lora_a is not None and head.lora_b is not None:
         expanded = head.lora_b[: head.num_columns].sum(0, dtype=dtype)
-        total = total + head.lora_scale * (head.lora_a.to(dtype) @ hidden_sum) @ expanded
+        totals = totals + head.lora_scale * (hidden_sums @ head.lora_a.to(dtype).T) @ expanded
     if head.bias is not None:
-        total = total + hidden.shape[0] * head.bias[: head.num_columns].sum(dtype=dtype)
-    return total * head.logit_scale
+        totals = totals + num_rows * head.bias[: head.num_columns].sum(dtype=dtype)
+    return totals * head.logit_scale
+
+
+def sums_over_places(_input: Tensor) -> Tensor:
+    """(B, D) sums of the hidden states of each row, in the dtype of sums, without gradient."""
+    return _input.detach().sum(1, dtype=accumulation_dtype(_input.dtype))
