@@ -1,5 +1,6 @@
 """Drop-in parts for reinforcement learning of language models; needs torch and nothing else."""
 
+from fastrl_kernels.cross_entropy_modules import CrossEntropyOutput, FusedLinearCrossEntropyLoss
 from fastrl_kernels.decode_attention import decode_attention
 from fastrl_kernels.grpo_modules import FusedLinearGRPOLoss
 from fastrl_kernels.head import LMHead
@@ -21,7 +22,9 @@ from fastrl_kernels.token_loss import TokenLoss, token_loss
 from fastrl_kernels.token_selection import select_tokens
 
 __all__ = [
+    "CrossEntropyOutput",
     "FusedLinearCPOLoss",
+    "FusedLinearCrossEntropyLoss",
     "FusedLinearDPOLoss",
     "FusedLinearGRPOLoss",
     "FusedLinearKTOLoss",

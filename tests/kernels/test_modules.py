@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrl_kernels import (
+    FusedLinearDPOLoss,
+    FusedLinearGRPOLoss,
     FusedLinearLogps,
     FusedLinearPolicyLoss,
     LMHead,
@@ -26,6 +28,7 @@ from tests.kernels.policy_cases import (
     loss_and_gradients,
     make_case,
 )
+from tests.kernels.test_linear_logps_memory import MemoryLog
 
 HEADS = ["tensor", "record", "linear", "linear without bias"]
 
@@ -158,3 +161,24 @@ def test_modules_hold_no_state() -> None:
     for module in (FusedLinearLogps(), FusedLinearPolicyLoss(OBJECTIVE)):
         assert list(module.parameters()) == []
         assert module.state_dict() == {}
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("is_preference", [False, True])
+def test_losses_of_batches_hold_no_logits(level: str, is_preference: bool) -> None:
+    """Neither one pass nor two, nor the means of logits that preference losses return."""
+    num_rows, num_places, num_columns = 4, 75, 2000
+    hidden = torch.randn(num_rows, num_places, 8).requires_grad_()
+    weight = torch.randn(num_columns, 8).requires_grad_()
+    target = torch.randint(num_columns, (num_rows, num_places))
+    with MemoryLog() as log:
+        if is_preference:
+            module = FusedLinearDPOLoss(average_log_prob=level == "token", workspace_mb=0.5)
+            loss, _ = module(weight, hidden, target, None, hidden.detach(), weight)
+        else:
+            grpo = FusedLinearGRPOLoss(0.0, importance_sampling_level=level, workspace_mb=0.5)
+            mask, ones = torch.ones_like(target), torch.ones(num_rows)
+            old = torch.full_like(target, -8, dtype=torch.float32)
+            loss, _ = grpo(hidden, weight, target, mask, ones, old_per_token_logps=old)
+        loss.backward()
+    assert log.largest <= num_rows * num_places * num_columns // 4
