@@ -23,6 +23,9 @@ from fastrl.integrations.capabilities import (
     decoder_of,
     without_wrappers,
 )
+from fastrl.integrations.fused_model import FusedOutput as FusedOutput
+from fastrl.integrations.fused_model import fuse as fuse
+from fastrl.integrations.fused_model import unfuse as unfuse
 from fastrl.integrations.hybrids import calls_of_mixers, mixers_along_paths
 from fastrl.integrations.last_layer import last_layer_on_rows, rows_of_last_layer
 from fastrl_kernels import Segments, segment_attention
