@@ -172,11 +172,11 @@ def _dpo_trainer(setting: Setting, plan: Plan, directory: str) -> tuple[Any, Any
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     (given,) = batches(plan, model.config.vocab_size)
-    settings = _arguments(setting, directory)
-    settings["per_device_train_batch_size"] = setting.case.num_prompts
+    settings = _arguments(setting, directory) | (setting.arguments or {})
+    settings |= {"per_device_train_batch_size": setting.case.num_prompts, "max_length": None}
     row = {"prompt": "1", "chosen": "2", "rejected": "3"}
     trainer = DPOTrainer(
-        model=model, args=DPOConfig(**{**settings, "max_length": None, **(setting.arguments or {})}),
+        model=model, args=DPOConfig(**settings),
         train_dataset=Dataset.from_list([row] * setting.case.num_prompts),
         processing_class=AutoTokenizer.from_pretrained(directory),
     )  # fmt: skip
