@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +16,13 @@ PROMPTS = ["What is 1 + 2?", "What is 11 + 4?", "7", "Say 5"]
 
 
 def save_tiny(directory: Path, model_type: str = "qwen3", **fields: Any) -> str:
-    """A random model with its tokenizer, as TRL's trainers load it."""
+    """A random model with its tokenizer, as TRL's trainers load it; some completions end."""
     tokenizer = train_tokenizer(TEXTS, vocab_size=260)
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = tiny_model(
         model_type, vocab_size=len(tokenizer), dtype=torch.float32, **{**ids, **fields}
     )
+    model.get_output_embeddings().weight.data[tokenizer.eos_token_id] *= 3
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
@@ -133,6 +133,19 @@ def batch_of(trainer: Any, *, seed: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def defaults() -> Any:
-    """A dict of lists, as trainers keep metrics."""
-    return defaultdict(list)
+PAIRS = {
+    "prompt": ["What is 1 + 2?", "Say", "What is 11 + 4?", "7"] * 4,
+    "chosen": ["3", "5 5 5 5", "15 and more", "0"] * 4,
+    "rejected": ["4 4 4", "1", "11", "what is it"] * 4,
+}
+
+
+def offline(trainer: Any, directory: str, **settings: Any) -> Any:
+    """A DPOTrainer of that class; settings: of its config, `fast` for ours, `rest`."""
+    datasets = pytest.importorskip("datasets")
+    fast, rest = settings.pop("fast", {}), settings.pop("rest", {})
+    return trainer(
+        model=rest.pop("model", directory),
+        args=arguments("DPO", directory, **{"per_device_train_batch_size": 4, **settings}),
+        train_dataset=datasets.Dataset.from_dict(PAIRS), **rest, **fast,
+    )  # fmt: skip

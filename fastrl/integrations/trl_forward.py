@@ -144,21 +144,33 @@ class FusedForward:
     def _at_head(self, rows: HeadRows, places: Tensor, one_pass: OnePass | None) -> Answer:
         """places: of the rows' tokens in a table of the whole batch."""
         settings = {"temperature": self.temperature, "workspace_mb": self.workspace_mb}
-        is_fresh = getattr(rows.lm_head.weight, "grad", None) is None
-        accumulates = self.may_accumulate and takes_gradient(rows)
+        weight = self._accumulating_weight(rows)
         if one_pass is not None:
             # The engine has a gradient of its own; the first of a step becomes weight.grad itself.
-            found = one_pass.run(
-                rows, places, accumulate_grad=accumulates and not is_fresh, **settings
-            )
+            accumulates = weight is not None and weight.grad is not None
+            found = one_pass.run(rows, places, accumulate_grad=accumulates, **settings)
             return Answer(places, found.logps, found.entropies, None, None, None, found.loss)
-        out = rows.linear_logps(accumulate_grad=accumulates, **settings)
+        out = rows.linear_logps(accumulate_grad=weight is not None, **settings)
         if not self.wants_statistics:
             return Answer(places, out.logps, out.entropies, None, None, None)
         return Answer(
             places, out.logps, out.entropies, out.sum_p2, out.argmax_ids == rows.target_ids,
             mean_logits(rows.hidden_states, rows.lm_head, **settings),
         )  # fmt: skip
+
+    def _accumulating_weight(self, rows: HeadRows) -> Tensor | None:
+        """The head's weight, if backward may add the gradient into its `grad` past all hooks."""
+        weight = rows.lm_head.weight
+        if (
+            not self.may_accumulate
+            or not torch.is_grad_enabled()
+            or not isinstance(weight, Tensor)
+            or not (weight.requires_grad and weight.is_leaf)
+            or weight._backward_hooks
+            or getattr(weight, "_post_accumulate_grad_hooks", None)
+        ):
+            return None
+        return weight
 
 
 def install(model: Any, answers: FusedForward) -> None:
@@ -182,19 +194,6 @@ def install(model: Any, answers: FusedForward) -> None:
         return answers(self, **kwargs)
 
     model.forward = MethodType(forward, model)
-
-
-def takes_gradient(rows: HeadRows) -> bool:
-    """Whether backward may add the head's gradient into `weight.grad` itself."""
-    weight = rows.lm_head.weight
-    return (
-        isinstance(weight, Tensor)
-        and torch.is_grad_enabled()
-        and weight.requires_grad
-        and weight.is_leaf
-        and not weight._backward_hooks
-        and not getattr(weight, "_post_accumulate_grad_hooks", None)
-    )
 
 
 def places_in_batch(rows: HeadRows, row_ids: Tensor) -> Tensor:
