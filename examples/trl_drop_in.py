@@ -2,10 +2,10 @@
 
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
+from trl import GRPOConfig
 
 from fastrl.integrations.tokenizer import train_tokenizer
 from fastrl.integrations.trl import FastGRPOTrainer
-from trl import GRPOConfig
 
 
 def reward_digits(completions: list[str], **_: object) -> list[float]:
