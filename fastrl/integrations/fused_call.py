@@ -43,6 +43,7 @@ class FusedCall:
     num_columns: int  # of the tables of results
 
 
+@torch.compiler.disable
 def read_call(model: Any, arguments: dict[str, Any]) -> FusedCall:
     """The arguments of a call by name; InputError for what gives no log-probabilities."""
     _check_config(model)

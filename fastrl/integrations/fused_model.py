@@ -74,7 +74,7 @@ def fuse(
     reason = why_not_shared(base, {}) if strict else None
     if reason is not None:
         raise InputError(f"prompts cannot be shared: {reason}")
-    _check_head(base)
+    _check_base(base)
     rows = FusedRows(share_prefixes=bool(share_prefixes), strict=strict)
     replace_forward(base, FusedForward(temperature, workspace_mb, rows), extra=("target_ids",))
     return model
@@ -103,11 +103,16 @@ def _causal_model(model: Any) -> PreTrainedModel:
     return base
 
 
-def _check_head(base: PreTrainedModel) -> None:
+def _check_base(base: PreTrainedModel) -> None:
     if base.config.is_encoder_decoder:
         raise InputError(
             f"{type(base).__name__} is an encoder with a decoder; only causal language models, "
             "whose labels are their input, can be fused"
+        )
+    if "_original_forward" in vars(base):  # its autocast would be passed by
+        raise InputError(
+            f"this {type(base).__name__} runs under accelerate's autocast; fuse it before "
+            "accelerator.prepare"
         )
     try:
         LMHead.from_model(base)

@@ -55,6 +55,7 @@ class FusedRows(RowMaker):
         # A label need not be the token that is read in its place.
         return dataclasses.replace(rows, target_ids=rows.tokens(call.labels[:, 1:]))
 
+    @torch.compiler.disable
     def _why_padded(self, model: Any, original: Forward, call: FusedCall) -> str | None:
         """What a row without padding would change."""
         if call.attention_mask is None:
