@@ -265,8 +265,6 @@ def _check(loss: FusedLinearGRPOLoss) -> None:
         raise ValueError(
             f"delta must be None with loss_type {kind!r}, which has no clip, got {loss.delta}"
         )
-    if loss.use_bias_correction_kl and loss.beta == 0:
-        raise ValueError("use_bias_correction_kl needs a KL penalty, got beta = 0; set beta")
     positive = {
         name: getattr(loss, name)
         for name in ("sapo_temperature_pos", "sapo_temperature_neg", "temperature", "delta")

@@ -246,7 +246,6 @@ def test_other_heads(level: str) -> None:
         ({"loss_type": "sapo", "delta": 2.0}, "delta must be None"),
         ({"delta": 0.0}, "delta must be positive"),
         ({"sapo_temperature_neg": 0.0}, "sapo_temperature_neg must be positive"),
-        ({"beta": 0.0, "use_bias_correction_kl": True}, "needs a KL penalty"),
     ],
 )
 def test_settings_that_no_loss_has(settings: dict[str, Any], message: str) -> None:
