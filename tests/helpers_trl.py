@@ -42,7 +42,7 @@ def arguments(kind: str, directory: str, **settings: Any) -> Any:
         "disable_tqdm": True, "save_strategy": "no", "max_steps": 2,
     }  # fmt: skip
     if kind != "DPO":
-        given |= {"num_generations": 4, "max_completion_length": 8}
+        given |= {"num_generations": 4, "max_completion_length": 6}
     return getattr(trl, f"{kind}Config")(**{**given, **settings})
 
 

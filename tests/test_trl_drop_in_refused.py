@@ -25,17 +25,17 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
 
 
-@pytest.mark.parametrize("found", ["1.14.2", "1.17.0", "2.0.0.dev0", "0.29.1"])
+@pytest.mark.parametrize("found", ["1.15.0", "1.17.0", "2.0.0.dev0", "0.29.1"])
 def test_other_versions_are_refused_with_the_range_and_the_parts(monkeypatch, found):
     monkeypatch.setattr(trl_checks, "version", lambda name: found)
-    with pytest.raises(InputError, match=rf"trl>=1.15,<1.17, got {found}; .*policy_loss"):
+    with pytest.raises(InputError, match=rf"trl>=1.16,<1.17, got {found}; .*policy_loss"):
         accelerate_trl(object())
     vars(ours_of).pop("FastGRPOTrainer", None)
     with pytest.raises(InputError, match="linear_logps"):
         _ = ours_of.FastGRPOTrainer
 
 
-@pytest.mark.parametrize("found", ["1.15.0", "1.16.0", "1.16.3.post1"])
+@pytest.mark.parametrize("found", ["1.16.0", "1.16.3.post1"])
 def test_versions_in_the_range_are_taken(monkeypatch, found):
     monkeypatch.setattr(trl_checks, "version", lambda name: found)
     trl_checks.check_version()

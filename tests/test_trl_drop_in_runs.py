@@ -11,7 +11,7 @@ import torch
 from fastrl.errors import InputError
 from fastrl.integrations import head_rows
 from fastrl.integrations.trl_batches import groups_of, regrouped
-from tests.helpers_trl import assert_same, batch_of, online, result_of, save_tiny
+from tests.helpers_trl import assert_same, batch_of, offline, online, result_of, save_tiny
 
 trl = pytest.importorskip("trl")
 CLOCKS = ("time", "runtime", "per_second")
@@ -114,6 +114,47 @@ def test_short_runs_are_trls(directory, name):
     assert largest_difference(ours, theirs) < 1e-5
 
 
+def test_half_precision_is_trls_up_to_its_rounding(directory):
+    """Under autocast the layers, the head and the reference are in bfloat16."""
+    from fastrl.integrations.trl import FastGRPOTrainer
+
+    settings = {"max_steps": 1, "bf16": True, "beta": 0.1, "learning_rate": 0.1, "optim": "sgd"}
+    theirs = trained(trl.GRPOTrainer, directory, **settings)
+    ours = trained(FastGRPOTrainer, directory, **settings, fast={"strict": True})
+    assert_same_logs(ours, theirs, 2e-2)
+    exact = trained(trl.GRPOTrainer, directory, **{**settings, "bf16": False})
+    # Each differs from float32 by its own rounding, and from the other by no more than both.
+    assert largest_difference(ours, theirs) < 2 * largest_difference(theirs, exact)
+    assert largest_difference(ours, exact) < 2 * largest_difference(theirs, exact)
+
+
+def test_a_trainer_that_has_trained_already_keeps_its_autocast(directory):
+    """accelerate wraps a model's forward pass when training begins, a reference's before."""
+    from fastrl.integrations.trl import FastDPOTrainer, accelerate_trl
+
+    settings = {"bf16": True, "max_steps": 1, "learning_rate": 0.0}
+    late = offline(trl.DPOTrainer, directory, **settings)
+    late.train()
+    late = accelerate_trl(late, strict=True)
+    fast = offline(FastDPOTrainer, directory, **settings, fast={"strict": True})
+    fast.train()
+    batch = next(iter(fast.get_train_dataloader()))
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    for name in ("model", "ref_model"):
+        outputs = [
+            getattr(trainer, name)(**inputs, labels=labels, fused_lm_head=True).log_probs
+            for trainer in (late, fast)
+        ]
+        assert outputs[0].dtype == torch.float32
+        assert torch.equal(*outputs)
+        with torch.autocast("cpu", enabled=False):
+            exact = head_rows.head_rows(getattr(late, name), **inputs, labels=labels)
+        assert exact.hidden_states.dtype == torch.float32
+        error = (outputs[0] - exact.table(exact.linear_logps().logps)).abs().max()
+        assert 1e-4 < error < 0.2  # it was in half precision
+
+
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
 def test_regrouping_leaves_weights_and_losses(directory, kind):
     """Scattered groups come together; only what is logged per micro-batch may differ."""
@@ -170,11 +211,10 @@ def test_checkpoints_go_both_ways(directory, tmp_path):
     from fastrl.integrations.trl import FastGRPOTrainer
 
     settings = {"learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    whole = trained(trl.GRPOTrainer, directory, **settings, output_dir=str(tmp_path / "whole"))
     kinds = {"theirs": trl.GRPOTrainer, "ours": FastGRPOTrainer}
     for first, second in (("theirs", "ours"), ("ours", "theirs")):
         out = str(tmp_path / first)
-        trained(kinds[first], directory, **settings, output_dir=out)
+        whole = trained(kinds[first], directory, **settings, output_dir=out)
         again = trained(
             kinds[second], directory, **settings, output_dir=out, resume=f"{out}/checkpoint-2"
         )

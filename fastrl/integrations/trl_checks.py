@@ -8,9 +8,9 @@ from typing import Any
 
 from fastrl.errors import InputError
 
-SUPPORTED = ((1, 15), (1, 17))
+SUPPORTED = ((1, 16), (1, 17))
 """Releases of TRL from the first on and below the second: those that were read and tested."""
-RANGE = "trl>=1.15,<1.17"
+RANGE = "trl>=1.16,<1.17"
 PARTS = (
     "with another one use the parts: fastrl.pack, fastrl_kernels.linear_logps and "
     "fastrl_kernels.policy_loss"
