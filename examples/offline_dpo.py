@@ -9,8 +9,8 @@ from fastrl.preferences import LOSSES, PreferenceInputs, preference_terms
 from fastrl_kernels import LMHead, linear_logps
 
 torch.manual_seed(0)
-sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
-model = AutoModelForCausalLM.from_config(Qwen3Config(97, tie_word_embeddings=False, **sizes))
+sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+model = AutoModelForCausalLM.from_config(Qwen3Config(**sizes, tie_word_embeddings=False))
 model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj", "lm_head"]))
 optimizer = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lr=5e-3)
 

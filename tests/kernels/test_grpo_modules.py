@@ -265,3 +265,17 @@ def test_arguments_that_do_not_fit() -> None:
     for name, (value, message) in wrong.items():
         with pytest.raises(ValueError, match=message):
             module(**{**batch, name: value})
+
+
+def test_tokens_of_several_processes() -> None:
+    """Gradients are averaged over processes: each divides by its share of all tokens."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    batch, module = make_batch(), FusedLinearGRPOLoss(beta=0.0)
+    alone, _ = module(**batch, num_items_in_batch=50)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        shared, _ = module(**batch, num_items_in_batch=torch.tensor(200))
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(shared, alone)
