@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # as a script there has it
 
+import gpu_tests
 import sanitize
 import sanitize_cases
 
@@ -24,6 +25,9 @@ ONCE = (  # together every kernel
     "segment_attention bf16", "decode_attention bf16", "selected_logps bf16", "token_loss",
     "select_tokens", "adamw split weights, 8 bits",
 )  # fmt: skip
+REHEARSED = (  # some of the tests at real sizes, at tiny ones; pytest -m gpu there runs them all
+    "sizes0-dtype0 or 31_weights or million or truth_is or add_up or selection_run or decode_run"
+)
 RACES = """========= COMPUTE-SANITIZER
 ========= Error: Race reported between Write access at forward_kernel+0x70
 =========     and Read access at forward_kernel+0x90 [16 hazards]
@@ -123,3 +127,24 @@ def test_what_is_missing_is_one_line():
         "memcheck", "cuda", None
     )
     assert sanitize.obstacle("memcheck", "cuda", "/usr/bin/compute-sanitizer") is None
+
+
+def test_tests_at_real_sizes_are_rehearsed():
+    files = [ROOT / name for name in gpu_tests.FIRST if "real_" in name]
+    answer = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", REHEARSED, *files],
+        capture_output=True, text=True, env=INTERPRETED, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert " passed" in answer.stdout
+    assert "skipped" not in answer.stdout
+
+
+def test_every_test_that_needs_a_gpu_is_in_the_list():
+    found = gpu_tests.files()
+    assert tuple(found[: len(gpu_tests.FIRST)]) == gpu_tests.FIRST
+    assert all((ROOT / name).exists() for name in gpu_tests.FIRST)
+    assert {"tests/test_hybrids.py", "tests/test_reference.py"} < set(found)
+    assert len(set(found)) == len(found)
+    assert "tests/test_gpu_preparation.py" not in found
+    assert gpu_tests.command(1, ["-k", "some"])[-len(found) - 2 :] == ["-k", "some", *found]
