@@ -22,9 +22,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
 
 
-def count_digits(completions: list[str], **_: Any) -> list[float]:
-    """A reward that a few steps can raise."""
-    return [sum(letter.isdigit() for letter in text) / (len(text) + 1) for text in completions]
+def small_ids(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """The share of tokens in one half of the vocabulary: a few steps can raise it."""
+    return [sum(token < 130 for token in ids) / len(ids) for ids in completion_ids]
 
 
 def trained(trainer: Any, directory: str, *, resume: str | None = None, **settings: Any) -> Any:
@@ -53,8 +53,8 @@ def test_twenty_steps_have_the_same_rewards_metrics_and_weights(directory):
     from fastrl.integrations.trl import FastGRPOTrainer
 
     settings = {
-        "max_steps": 20, "learning_rate": 5e-3, "gradient_accumulation_steps": 2,
-        "per_device_train_batch_size": 8, "rest": {"reward": count_digits},
+        "max_steps": 20, "learning_rate": 1e-2, "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 4, "rest": {"reward": small_ids},
     }  # fmt: skip
     theirs = trained(trl.GRPOTrainer, directory, **_copy(settings))
     ours = trained(
@@ -62,7 +62,7 @@ def test_twenty_steps_have_the_same_rewards_metrics_and_weights(directory):
     )
     rewards = [entry["reward"] for entry in theirs.state.log_history if "reward" in entry]
     assert len(rewards) == 20
-    assert max(rewards[-3:]) > 1.5 * rewards[0]  # it learns
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 5 * 0.1  # it learns
     assert_same_logs(ours, theirs, 1e-4)
     assert largest_difference(ours, theirs) < 1e-4
 
@@ -97,11 +97,8 @@ def test_short_runs_are_trls(directory, name):
         (trl.GRPOTrainer, {}),
         (FastGRPOTrainer, {"strict": True, "regroup": False}),
     ):
-        # Adam would make a whole step of a gradient that is nothing but rounding.
-        settings = {
-            "max_steps": 2, "learning_rate": 0.1, "gradient_accumulation_steps": 2, "optim": "sgd",
-            **RUNS[name],
-        }  # fmt: skip
+        settings = {"max_steps": 2, "learning_rate": 1e-2, "gradient_accumulation_steps": 2}
+        settings |= RUNS[name]
         if "rest" in settings:
             settings["rest"] = settings["rest"]()
         if "eval_steps" in settings:
