@@ -131,6 +131,17 @@ def test_adapters_that_a_fused_row_has_no_place_for() -> None:
         fuse(with_lora(model_of(), lora_dropout=0.1))
 
 
+def test_weights_in_bfloat16_without_autocast() -> None:
+    """No farther from the float32 model than twice what the model's own forward is."""
+    model, batch = model_of(), batch_of()
+    model.load_state_dict({n: x.bfloat16().float() for n, x in model.state_dict().items()})
+    exact = gradients(model(**batch.inputs).loss, model)
+    theirs = gradients(model.bfloat16()(**batch.inputs).loss, model)
+    for name, gradient in gradients(fuse(model)(**batch.inputs).loss, model).items():
+        error = (theirs[name].float() - exact[name]).norm()
+        assert (gradient.float() - exact[name]).norm() <= 2 * error
+
+
 @pytest.fixture
 def new_accelerator() -> Iterator[None]:
     """Accelerators of a process share one setting of precision, Trainers' included."""

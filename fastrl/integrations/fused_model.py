@@ -56,9 +56,13 @@ def fuse(
 
     Works on a model that PEFT has wrapped or will wrap, under transformers.Trainer, accelerate and
     torch.compile, and with DistributedDataParallel around it afterwards. A copy or a pickle of a
-    fused model is fused. Arguments that would need logits or a cache are refused beside labels.
-    The first call compares a few tokens with the model's own forward. Not tested: layers on several
-    devices (device_map), FSDP and DeepSpeed.
+    fused model is fused. Arguments that would need logits or a cache are refused beside labels. The
+    first call compares a few tokens with the model's own forward, and raises InputError where its
+    logits or its loss are not those of its head alone.
+
+    A Trainer's predictions are logps and entropies. Its `use_liger_kernel` puts another forward in
+    place of this one, and torch.nn.DataParallel calls it on one device only: use neither. Not
+    tested: layers on several devices (device_map), FSDP and DeepSpeed.
     """
     base = _causal_model(model)
     if share_prefixes not in ("auto", False):
