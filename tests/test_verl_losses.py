@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +37,7 @@ MODES = (
 GSPO_MODES = MODES if Version("0.9.1") <= VERSION else MODES[3:4]
 """Before that version verl's own GSPO had one average for all modes."""
 GLOBAL = {"dp_size": 2, "batch_num_tokens": 57, "global_batch_size": 11, "loss_scale_factor": 33}
+PAGE = (Path(__file__).parent.parent / "docs" / "verl.md").read_text(encoding="utf-8")
 NAMES = [name for name, method in METHODS.items() if why_not(method) is None]
 
 
@@ -200,8 +205,9 @@ def test_verls_covariance_penalty():
 
 def as_published(name: str) -> tuple[Any, str]:
     """The config and the average that the arguments of `policy_loss_overrides` make."""
-    given = [line.removeprefix("actor_rollout_ref.actor.") for line in policy_loss_overrides(name)]
-    pairs = dict(line.split("=") for line in given)
+    first, *rest = policy_loss_overrides(name)
+    assert first == "actor_rollout_ref.model.external_lib=fastrl.integrations.verl_plugin"
+    pairs = dict(line.removeprefix("actor_rollout_ref.actor.").split("=") for line in rest)
     assert pairs.pop("policy_loss.loss_mode") == "fastrl_" + name
     mode = pairs.pop("loss_agg_mode")
     fields = {key.removeprefix("policy_loss."): float(value) for key, value in pairs.items()}
@@ -346,3 +352,23 @@ def test_other_versions_of_verl(monkeypatch, version):
 
 def test_a_loss_can_be_compared_and_printed():
     assert policy_loss("grpo") == VerlPolicyLoss("fastrl_grpo", METHODS["grpo"])
+
+
+def test_the_page_lists_what_is_registered():
+    (listed,) = re.findall(r"<!-- registered -->(.*?)<!-- end -->", PAGE, re.S)
+    assert re.findall(r"`(\w+)`", listed) == NAMES
+
+
+def test_the_recipe_is_a_config_of_verl():
+    hydra = pytest.importorskip("hydra")
+    convert = pytest.importorskip("verl.utils.config").omega_conf_to_dataclass
+    (recipe,) = re.findall(r"```shell\n(.*?)```", PAGE, re.S)
+    command = shlex.split(recipe.replace("\\\n", " "))
+    assert command[:3] == ["python", "-m", "verl.trainer.main_ppo"]
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        found = hydra.compose("ppo_trainer", command[3:]).actor_rollout_ref
+    assert found.model.fused_kernel_options.impl_backend == fastrl_verl.BACKEND
+    importlib.import_module(found.model.external_lib)
+    config, step = convert(found.actor), Step()
+    ours = run(config.policy_loss.loss_mode, step, config, config.loss_agg_mode)
+    assert_same(ours, (*in_our_training("grpo", step), {}))

@@ -31,6 +31,8 @@ __all__ = [
 FIRST, BEFORE = "0.8.0", "0.10"
 """The versions of verl that are supported: from the first, up to but not including the other."""
 PREFIX = "fastrl_"
+MODEL = "actor_rollout_ref.model"
+PLUGIN = "fastrl.integrations.verl_plugin"
 BACKEND = "fastrl"
 """What actor_rollout_ref.model.fused_kernel_options.impl_backend is called."""
 
@@ -70,7 +72,7 @@ def policy_loss(name: str) -> VerlPolicyLoss:
 def policy_loss_overrides(name: str) -> list[str]:
     """Arguments of verl's command line that choose a method's policy loss with its numbers."""
     loss = policy_loss(name)
-    return overrides_of(loss.name, loss.method)
+    return [f"{MODEL}.external_lib={PLUGIN}", *overrides_of(loss.name, loss.method)]
 
 
 def register_policy_losses(names: Iterable[str] | None = None) -> list[str]:
