@@ -80,10 +80,12 @@ def sums_of_logits(hidden_sums: Tensor, num_rows: Tensor, head: LMHead) -> Tenso
     for start in range(0, head.num_columns, COLUMNS):
         stop = min(start + COLUMNS, head.num_columns)
         weight_sum += weight_rows(head, slice(start, stop)).sum(0, dtype=dtype)
-    totals = hidden_sums @ weight_sum
+    totals = (hidden_sums * weight_sum).sum(1)
     if head.lora_a is not None and head.lora_b is not None:
         expanded = head.lora_b[: head.num_columns].sum(0, dtype=dtype)
-        totals = totals + head.lora_scale * (hidden_sums @ head.lora_a.to(dtype).T) @ expanded
+        with torch.autocast(hidden_sums.device.type, enabled=False):
+            low_rank = hidden_sums @ head.lora_a.to(dtype).T
+        totals = totals + head.lora_scale * (low_rank * expanded).sum(1)
     if head.bias is not None:
         totals = totals + num_rows * head.bias[: head.num_columns].sum(dtype=dtype)
     return totals * head.logit_scale

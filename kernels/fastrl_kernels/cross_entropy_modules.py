@@ -93,10 +93,12 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         losses, z_losses = -weights.likelihood * out.logps, torch.zeros_like(out.logps)
         if self.lse_square_scale or self.label_smoothing:
             # Of what linear_logps returns only logps give gradients.
-            lse = target_logits(_input, head, target_ids) - out.logps
+            with torch.autocast(_input.device.type, enabled=False):
+                lse = target_logits(_input, head, target_ids) - out.logps
+                gaps = self._gaps(lse, _input, head) if self.label_smoothing else None
             z_losses = self.lse_square_scale * weights.z_loss * lse.square()
-            if self.label_smoothing:
-                smooth = weights.smoothing * self._gaps(lse, _input, head)
+            if gaps is not None:
+                smooth = weights.smoothing * gaps
                 losses = (1 - self.label_smoothing) * losses + self.label_smoothing * smooth
             losses = losses + z_losses
         if self.use_token_scaling:

@@ -262,7 +262,8 @@ class FusedLinearKTOLoss(_PreferenceLoss):
         losses = 1 - (self.beta * (ratios if kl is None else ratios - kl) * signs).sigmoid()
         of_label = torch.stack([labels, ~labels]).to(logps.dtype)  # (2, B)
         num_places = of_label.sum(1) * target.shape[1]
-        logits = sums_of_logits(of_label @ sums_over_places(_input), num_places, head)
-        rewards = of_label @ (self.beta * ratios.detach())
-        logged = (*(of_label @ logps.detach()), *logits, *rewards)
+        hidden_sums = (of_label[:, :, None] * sums_over_places(_input)).sum(1)  # (2, D)
+        logits = sums_of_logits(hidden_sums, num_places, head)
+        totals = [(of_label * x.detach()).sum(1) for x in (logps, self.beta * ratios)]
+        logged = (*totals[0], *logits, *totals[1])
         return losses.mean(), logged

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastrl_kernels import (
+    FusedLinearCrossEntropyLoss,
     FusedLinearDPOLoss,
     FusedLinearGRPOLoss,
+    FusedLinearKTOLoss,
     FusedLinearLogps,
     FusedLinearPolicyLoss,
     LMHead,
@@ -182,3 +184,25 @@ def test_losses_of_batches_hold_no_logits(level: str, is_preference: bool) -> No
             loss, _ = grpo(hidden, weight, target, mask, ones, old_per_token_logps=old)
         loss.backward()
     assert log.largest <= num_rows * num_places * num_columns // 4
+
+
+def test_losses_of_batches_are_the_same_under_autocast() -> None:
+    """Which would round sums over the vocabulary to half precision."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, a, b = (
+        torch.randn(*shape, generator=generator) for shape in ((4, 9, 8), (61, 8), (2, 8), (61, 2))
+    )
+    target = torch.randint(61, (4, 9), generator=generator)
+    head = LMHead(weight, lora_a=a, lora_b=b)
+    labels = torch.tensor([True, False, False, True])
+    smoothed = FusedLinearCrossEntropyLoss(label_smoothing=0.1, lse_square_scale=0.1)
+
+    def run(dtype: torch.dtype | None) -> list[Any]:
+        leaf = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            loss = smoothed(head, leaf.flatten(0, 1), target.flatten())
+            loss = loss + FusedLinearDPOLoss(use_ref_model=False)(head, leaf, target)[0]
+            kto = FusedLinearKTOLoss()(leaf, head, target, preference_labels=labels)
+        return [loss, kto, torch.autograd.grad(loss + kto[0], leaf)]
+
+    torch.testing.assert_close(run(torch.bfloat16), run(None), rtol=0, atol=0)
