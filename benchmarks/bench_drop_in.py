@@ -13,6 +13,7 @@ weights, gradients and optimizer states, in a process of its own; see measure.py
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ def measure(setting: Setting, *, quick: bool) -> list[Row]:
         for name in order:
             seconds[name].append(both[name].update())
     both.clear()
+    gc.collect()  # trainers are full of cycles
     where, rows = environment("cpu"), []
     for name, is_ours in NAMES.items():
         times = quantiles([1000 * value for value in seconds[name]])
