@@ -27,6 +27,7 @@ class Goal(NamedTuple):
 
 LOSS, SHARED, SPARSE = "Losses", "Shared prefixes", "Down-sampling"
 ROLLOUTS, TRAINER = "Rollouts", "The trainer"
+DROP_IN = "Inside TRL's trainers"
 
 GOALS = (
     Goal(
@@ -240,6 +241,15 @@ GOALS = (
         quantity="long_update_time",
     ),
     Goal(TRAINER, "and memory", most=0.25, quantity="long_update_memory"),
+    Goal(
+        DROP_IN,
+        "update of TRL's trainer with it against without, P=512 R=128 G=8: time",
+        most=0.5,
+        quantity="drop_in_time",
+    ),
+    Goal(DROP_IN, "and memory", most=0.5, quantity="drop_in_memory"),
+    Goal(DROP_IN, "speed of an update of 1.5B, 2k + 1k tokens, G = 8", least=1.5, on_gpu=True),
+    Goal(DROP_IN, "and peak memory", most=0.7, on_gpu=True),
     Goal(
         TRAINER,
         "step of A*-PO against GRPO's, G = 8: time",

@@ -50,6 +50,7 @@ class Quantity(NamedTuple):
 HEAD = "policy_loss S=2048 V=65536 D=256 float32"
 LONG = "prompts=1 P=1024 R=64 G=16 float32"
 GROUP = "prompts=1 P=512 R=128 G=8 float32"
+DROP_IN = f"update dapo, {GROUP}"
 OF_METHODS = "step prompts=2 P=128 R=64 float32"
 SHARED = "fastrl shared prefix"
 LOSS = "fastrl policy_loss"
@@ -119,6 +120,8 @@ QUANTITIES: dict[str, Quantity] = {
     "long_update_memory": Quantity(
         "trainer", "x", against_best(f"update {LONG}", "fastrl", "TRL", MEMORY)
     ),
+    "drop_in_time": Quantity("drop_in", "x", against(DROP_IN, "fastrl in TRL", "TRL")),
+    "drop_in_memory": Quantity("drop_in", "x", against(DROP_IN, "fastrl in TRL", "TRL", MEMORY)),
     "plan_over": Quantity("memory_plan", "x", plan_error(max)),
     "plan_under": Quantity("memory_plan", "x", plan_error(min)),
     "longest_context": Quantity("frontier", "", longest_context(512, "fastrl, recomputing")),

@@ -40,6 +40,12 @@ ABOUT = {
         "From completions to new weights, the same model, completions, rewards and settings; "
         "memory is beyond weights and optimizer states. See [training](training.md#against-trl).",
     ),
+    "drop_in": Section(
+        "TRL's trainers, accelerated",
+        "The same trainer of TRL, as it is and after `accelerate_trl`: from scored completions to "
+        "new weights; memory is beyond weights, gradients and optimizer states. See "
+        "[drop-in](drop_in.md#what-it-saves).",
+    ),
     "methods": Section(
         "A*-PO, GRPO and PPO", "Whole steps of our own trainer; memory is all that it takes."
     ),
