@@ -59,16 +59,20 @@ def one_worker():
     manager._current_platform = before
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def model_path(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp("verl") / ("tied" if request.param else "separate")
+def save_model(path: str, *, tied: bool) -> None:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2,
-        tie_word_embeddings=request.param,
+        tie_word_embeddings=tied,
     )  # fmt: skip
     Qwen3ForCausalLM(config).save_pretrained(path)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def model_path(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("verl") / ("tied" if request.param else "separate")
+    save_model(str(path), tied=request.param)
     return str(path)
 
 
@@ -143,7 +147,7 @@ def look(engine: Any, remove_padding: bool, fused: bool) -> tuple[Tensor, Tensor
 
 
 def update(engine: Any, remove_padding: bool, fused: bool, loss_mode: str) -> tuple[Any, Any]:
-    """Metrics and whole gradients of one batch of two micro-batches."""
+    """Metrics and gradients, or shards of them, of one batch of two micro-batches."""
     from verl.workers.config import FSDPActorConfig, PolicyLossConfig
     from verl.workers.utils.losses import ppo_loss
 
@@ -157,8 +161,9 @@ def update(engine: Any, remove_padding: bool, fused: bool, loss_mode: str) -> tu
             make_batch(fused=fused, remove_padding=remove_padding), partial(ppo_loss, config=config)
         )
         gradients = {
-            name: getattr(parameter.grad, "full_tensor", lambda grad=parameter.grad: grad)().clone()
+            name: getattr(parameter.grad, "to_local", lambda grad=parameter.grad: grad)().clone()
             for name, parameter in engine.module.named_parameters()
+            if parameter.grad is not None and parameter.grad.numel()
         }
     return out, gradients
 
