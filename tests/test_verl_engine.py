@@ -14,7 +14,13 @@ import torch
 import torch.distributed
 from packaging.version import Version
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from fastrl.errors import InputError
+from fastrl.integrations.replaced_forward import restore_forward
+from fastrl.integrations.verl import use_fused_head
 
 if Version(pytest.importorskip("verl").__version__) < Version("0.9.1"):
     pytest.importorskip("flash_attn")  # by which it removed padding
@@ -198,3 +204,18 @@ def test_update_with_our_head_and_loss(model_path, monkeypatch, remove_padding):
 def _numbers(metric: Any) -> Tensor:
     """Of each micro-batch."""
     return torch.tensor([float(value) for value in getattr(metric, "values", metric)])
+
+
+def test_a_shard_of_the_head_is_refused(model_path):
+    """Of tensor parallelism: FSDP gathers its shards."""
+    mesh = init_device_mesh("cpu", (1,))
+    model = Qwen3ForCausalLM.from_pretrained(model_path)
+    use_fused_head(model)
+    weight = distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)])
+    model.lm_head.weight = torch.nn.Parameter(weight)
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with pytest.raises(InputError, match=r"whole weight, got a shard.*use_fused_kernels=False"):
+        model(input_ids=ids, temperature=1.0)
+    restore_forward(model)
+    with pytest.raises(InputError, match="before FSDP wraps the model"):
+        use_fused_head(model)

@@ -281,6 +281,16 @@ def test_what_verl_cannot_compute_is_refused(name):
     assert "fastrl_" + name not in core.POLICY_LOSS_REGISTRY
 
 
+def test_a_method_of_ones_own(monkeypatch):
+    mine = dataclasses.replace(METHODS["kl_cov"], name="mine")
+    monkeypatch.setitem(METHODS, "mine", mine)
+    monkeypatch.setattr(core, "POLICY_LOSS_REGISTRY", dict(core.POLICY_LOSS_REGISTRY))
+    assert register_policy_losses(["mine"]) == ["fastrl_mine"]
+    fields = {"kl_cov_ratio": 0.2, "ppo_kl_coef": 0.7}
+    ours = run("fastrl_mine", Step(), actor(**fields), "token-mean")
+    assert_same(ours, run("fastrl_kl_cov", Step(), actor(**fields), "token-mean"))
+
+
 def test_a_loss_of_another_origin_is_kept(monkeypatch):
     mine = object()
     monkeypatch.setitem(core.POLICY_LOSS_REGISTRY, "fastrl_grpo", mine)

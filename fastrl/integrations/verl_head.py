@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fastrl.errors import InputError
@@ -54,6 +55,7 @@ def use_fused_head(model: Any, *, workspace_mb: float = 256) -> None:
             f"the fused head is for causal language models of text, got {type(base).__name__}; set "
             "fused_kernel_options.impl_backend=torch, verl's own, for this one"
         )
+    _check_whole(base.get_output_embeddings())
     try:
         LMHead.from_model(base)
     except ValueError as error:
@@ -169,6 +171,7 @@ def _at_head(
     """
 
     def forward(states: Tensor) -> tuple[Tensor, Tensor]:
+        _check_whole(layer)
         head = LMHead.from_model(model)
         # As nn.Linear under autocast, which is given either.
         states = states.to(head.weight.dtype)
@@ -180,6 +183,15 @@ def _at_head(
     layer = model.get_output_embeddings()
     with _in_place_of_forward(layer, forward):
         return layer(states)
+
+
+def _check_whole(layer: Any) -> None:
+    """Refuse a shard of the head, which tensor parallelism leaves one."""
+    if isinstance(getattr(layer, "weight", None), DTensor):
+        raise InputError(
+            "the fused head needs the head's whole weight, got a shard; use it before FSDP wraps "
+            "the model, and verl's own path (use_fused_kernels=False) with tensor parallelism"
+        )
 
 
 @contextmanager
