@@ -107,8 +107,9 @@ def test_no_mask_is_no_padding_and_a_plain_sequence_has_its_first_token_as_promp
 
 def test_autocast_takes_the_head_in_its_dtype_and_sums_in_float32():
     model, (ids, mask, labels) = tiny_model().float(), batch()
-    with torch.autocast("cpu", torch.bfloat16):
-        rows = head_rows(model, ids, mask, labels)
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = RowMaker()(model, ids, mask, labels)
         out = rows.linear_logps()
     assert rows.hidden_states.dtype == rows.lm_head.weight.dtype == torch.bfloat16
     assert out.logps.dtype == torch.float32
@@ -177,3 +178,30 @@ def test_arguments_that_a_packed_row_lacks_go_to_the_padded_forward():
         padded.table(padded.linear_logps().logps), shared.table(shared.linear_logps().logps),
         atol=1e-7, rtol=0,
     )  # fmt: skip
+
+
+def test_padding_that_moves_positions_stays():
+    model, (ids, mask, labels) = tiny_model(), batch()
+    gap = mask.clone()
+    gap[0, 4] = 0
+    with pytest.warns(UserWarning, match="leaves out tokens between others"):
+        RowMaker()(model, ids, gap, labels)
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=V, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )  # fmt: skip
+    learned = AutoModelForCausalLM.from_config(config)
+    rows = RowMaker()
+    with pytest.warns(UserWarning, match="GPT2LMHeadModel counts the positions of padding"):
+        padded = rows(learned, ids, mask, labels)
+    logits = learned(ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+    expected = logits.gather(2, ids[:, 1:, None])[..., 0]
+    found = padded.table(padded.linear_logps().logps)
+    torch.testing.assert_close(found, padded.table(padded.tokens(expected)), atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="counts the positions of padding"):
+        RowMaker(strict=True)(learned, ids, mask, labels)
+    with warnings.catch_warnings():  # padding behind a sequence moves nothing
+        warnings.simplefilter("error")
+        whole = torch.ones_like(mask)
+        whole[:, 9:] = 0
+        rows(learned, ids, whole, labels.masked_fill(whole == 0, -100))

@@ -6,16 +6,15 @@ Legend: B sequences, L their padded length.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from fastrl.errors import InputError
 from fastrl.integrations.fused_call import FusedCall
 from fastrl.integrations.head_rows import HeadRows, RowMaker, head_rows
+from fastrl.integrations.padding import HALF, evaluating
 
 Forward = Callable[..., Any]
 
@@ -23,7 +22,6 @@ NUM_CHECKED = 4
 """Tokens that the model's own forward is run on."""
 SAME_LOSS = 1e-3
 """Relative difference of two losses from the same logits."""
-HALF = (torch.bfloat16, torch.float16)
 SAME_LOGPS = {True: 2**-6, False: 2e-3}
 """Difference over the largest logit, where logits are rounded to HALF and where not."""
 
@@ -38,41 +36,18 @@ class FusedRows(RowMaker):
         super().__init__(strict=strict)
         self.share_prefixes = share_prefixes
         self.same_loss = False  # as far as it was looked at
-        self.counts_padding: bool | None = None
 
     def of_call(self, model: Any, original: Forward, call: FusedCall) -> HeadRows:
         """Rows with the labels of a call; original: the model's own forward."""
         if not self.same_loss:
             self.same_loss = check_same_loss(model, original, call)
-        inputs, kwargs = (call.input_ids, call.attention_mask, call.labels), call.model_kwargs
-        reason = self._why_padded(model, original, call) if self.share_prefixes else None
-        if reason is not None:
-            self._fall_back(reason)
-        if reason is not None or not self.share_prefixes:
-            rows = head_rows(model, *inputs, share_prefixes=False, **kwargs)
+        inputs = (call.input_ids, call.attention_mask, call.labels)
+        if self.share_prefixes:
+            rows = self(model, *inputs, **call.model_kwargs)
         else:
-            rows = self(model, *inputs, **kwargs)
+            rows = head_rows(model, *inputs, share_prefixes=False, **call.model_kwargs)
         # A label need not be the token that is read in its place.
         return dataclasses.replace(rows, target_ids=rows.tokens(call.labels[:, 1:]))
-
-    @torch.compiler.disable
-    def _why_padded(self, model: Any, original: Forward, call: FusedCall) -> str | None:
-        """What a row without padding would change."""
-        if call.attention_mask is None:
-            return None
-        kept = call.attention_mask != 0
-        starts = kept[:, 0].long() + (kept[:, 1:] & ~kept[:, :-1]).sum(1)
-        if bool((starts > 1).any()):
-            return "attention_mask leaves out tokens between others, which keep their positions"
-        if not bool((kept.any(1) & ~kept[:, 0]).any()):
-            return None
-        if self.counts_padding is None:
-            self.counts_padding = _counts_padding(
-                model, original, call.input_ids[:1, -NUM_CHECKED:]
-            )
-        if self.counts_padding:
-            return f"{type(model).__name__} counts the positions of padding before a sequence"
-        return None
 
 
 @torch.compiler.disable
@@ -89,7 +64,7 @@ def check_same_loss(model: Any, original: Forward, call: FusedCall) -> bool:
     row, column = places[0].tolist()
     start = max(column + 2 - NUM_CHECKED, 0)
     ids = call.input_ids[row : row + 1, start : start + NUM_CHECKED]
-    with _evaluating(model):
+    with evaluating(model):
         own = original(input_ids=ids, labels=ids, use_cache=False)
         rows = head_rows(model, ids, None, ids, share_prefixes=False)
         ours = rows.linear_logps().logps
@@ -109,29 +84,3 @@ def check_same_loss(model: Any, original: Forward, call: FusedCall) -> bool:
             f"log-probabilities differ by {difference.item():.3g}; {advice}"
         )
     return True
-
-
-@torch.compiler.disable
-@torch.no_grad()
-def _counts_padding(model: Any, original: Forward, ids: Tensor) -> bool:
-    """Whether masked tokens before others change what the model's own forward gives for those."""
-    padded = torch.cat([ids[:, :1], ids[:, :1], ids], 1)
-    mask = torch.ones_like(padded)
-    mask[:, :2] = 0
-    with _evaluating(model):
-        alone = original(input_ids=ids, use_cache=False).logits
-        behind = original(input_ids=padded, attention_mask=mask, use_cache=False).logits[:, 2:]
-    allowed = SAME_LOGPS[alone.dtype in HALF] * alone.float().abs().max()
-    return bool((alone.float() - behind.float()).abs().max() > allowed)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode within the block, and then in the mode that it was in."""
-    trained = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in trained:
-            module.training = True

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastrl.errors import InputError
 from fastrl.integrations.capabilities import LeakError, check_model, without_wrappers
+from fastrl.integrations.padding import PositionsOfPadding
 from fastrl.packing import Plan, pack
 from fastrl.precision import head_in_dtype
 from fastrl_kernels import LinearLogps, LMHead, PolicyLoss, linear_logps, policy_loss
@@ -60,7 +61,8 @@ def head_rows(
     """Run the layers of a causal language model for the trained tokens of a padded batch.
 
     input_ids (B, L) int64; attention_mask (B, L), 0 for padding on either side, None for none;
-    labels (B, L): the token ids where they are trained, negative elsewhere, not shifted. model: a
+    labels (B, L): the token ids where they are trained, negative elsewhere, not shifted; what is
+    predicted in a packed row is input_ids. model: a
     transformers model with a head, PEFT-wrapped or not. Hidden states have a gradient, also where
     nothing is trained (S = 0). Within an autocast block the head is in the block's dtype too.
 
@@ -95,6 +97,7 @@ class RowMaker:
     def __init__(self, *, strict: bool = False) -> None:
         self.strict = strict
         self._reasons: set[str] = set()
+        self._positions = PositionsOfPadding()
 
     def __call__(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor,
@@ -103,15 +106,17 @@ class RowMaker:
         """As `head_rows`; model_kwargs of None count as not given."""
         given = {name: value for name, value in model_kwargs.items() if value is not None}
         reason = why_not_shared(model, given)
+        reason = reason or self._positions.reason(model, input_ids, attention_mask)
         if reason is None:
             try:
                 return head_rows(model, input_ids, attention_mask, labels)
             except LeakError as error:  # shows only while the model runs
                 reason = str(error)
-        self._fall_back(reason)
+        self.fall_back(reason)
         return head_rows(model, input_ids, attention_mask, labels, share_prefixes=False, **given)
 
-    def _fall_back(self, reason: str) -> None:
+    def fall_back(self, reason: str) -> None:
+        """Warn that rows are padded, once for each reason; InputError if strict."""
         if self.strict:
             raise InputError(f"prompts cannot be shared: {reason}")
         if reason not in self._reasons:
@@ -119,6 +124,7 @@ class RowMaker:
             warnings.warn(f"prompts are not shared, rows are padded: {reason}", stacklevel=4)
 
 
+@torch.compiler.disable
 def why_not_shared(model: nn.Module, model_kwargs: dict[str, Any]) -> str | None:
     """Why this model or what it is called with needs padded rows; None where prompts can be shared.
 
@@ -149,6 +155,7 @@ class _Layout(NamedTuple):
     places: Tensor  # (S,) int64
 
 
+@torch.compiler.disable
 def _lay_out(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> _Layout | None:
     """The sequences with labels, grouped by prompts; None where there are none."""
     device, length = input_ids.device, input_ids.shape[1]
