@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # as a scr
 import gpu_tests
 import sanitize
 import sanitize_cases
+import tune
+import tune_cases
+import tune_settings
+from rows import Row, write_json
+
+from fastrl.bench.measuring import Timing
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
@@ -148,3 +156,84 @@ def test_every_test_that_needs_a_gpu_is_in_the_list():
     assert len(set(found)) == len(found)
     assert "tests/test_gpu_preparation.py" not in found
     assert gpu_tests.command(1, ["-k", "some"])[-len(found) - 2 :] == ["-k", "some", *found]
+
+
+TILE = "fastrl_kernels.segment_attention.launch:HALF_TILINGS.128.key_gradients"
+
+
+def test_settings_are_other_ones_for_a_while():
+    from fastrl_kernels.segment_attention.launch import tilings
+
+    before = tilings(torch.bfloat16, 128)
+    other = before.key_gradients._replace(keys=128)
+    stack = contextlib.ExitStack()
+    stack.enter_context(tune_settings.overridden({TILE: other}))
+    assert tilings(torch.bfloat16, 128) == before._replace(key_gradients=other)
+    stack.__exit__(ValueError, ValueError(), None)  # as a candidate leaves it that does not compile
+    assert tilings(torch.bfloat16, 128) == before
+    with pytest.raises(KeyError, match="expected one of"):
+        tune_settings.replaced({64: 1}, ["96"], 2)
+
+
+def test_every_candidate_is_new_and_fits():
+    names = [task.name for task in tune_cases.tasks(False)]
+    assert len(set(names)) == len(names)
+    for task in tune_cases.tasks(False):
+        candidates = task.candidates()
+        assert 1 <= len(candidates) <= 18, task.name
+        for settings in candidates.values():
+            for path, value in settings.items():
+                assert value != tune_settings.current(path), path
+    (products,) = (x for x in tune_cases.tasks(False) if x.name == "tiles of products")
+    tiles = [next(iter(x.values())) for x in products.candidates().values()]
+    assert all(tune_cases.fits_product(tile) for tile in tiles)
+    today = tune_settings.current("fastrl_kernels.launch:PRODUCT.half")
+    assert not tune_cases.fits_product(today._replace(depth=128, num_stages=8))
+
+
+def test_only_what_is_beyond_the_noise_is_proposed():
+    new = tune_settings.current(TILE)._replace(keys=128)
+    candidates = {tune.TODAY: {}, "new": {TILE: new}}
+    times = {
+        tune.TODAY: Timing(9.0, 10.0, 11.0), tune.AGAIN: Timing(9.5, 10.5, 11.0),
+        "new": Timing(7.0, 8.0, 8.9),
+    }  # fmt: skip
+    first, second = tune.proposal(candidates, times).splitlines()
+    assert first == "proposal: new: 10 -> 8 ms (-20.0%), p80 8.9 below today's p20 9"
+    assert second.strip().startswith(f"{TILE} = {new!r}  # today Tile(")
+    noisy = {**times, "new": Timing(7.0, 8.0, 9.0)}
+    assert tune.proposal(candidates, noisy).startswith("no proposal: the best, new, is within")
+    assert tune.proposal(candidates, {}) == "no proposal: today's settings were not timed"
+
+
+def test_tasks_far_from_the_floor_come_first(tmp_path):
+    found = tune_cases.tasks(False)
+    last = found[-1]
+    rows = [
+        Row(f"{last.case} [selection]", last.implementation, True, {}, percent_of_floor=9.0),
+        Row(f"{found[0].case} [all]", found[0].implementation, True, {}, percent_of_floor=80.0),
+    ]
+    path = tmp_path / "suite.json"
+    write_json(path, rows)
+    ordered = [task.name for task in tune.by_distance(found, path)]
+    assert ordered[0] == last.name
+    assert ordered[-2:] == ["tiles of logits", "rows of a forward chunk"]  # of the same case
+    assert tune.by_distance(found, None) == found
+
+
+def test_a_task_from_beginning_to_end(tmp_path):
+    path = tmp_path / "rows.json"
+    answer = run_script(
+        "tune.py", "--tiny", "--only", "tiles of decoding", "--task-seconds", "2", "--json",
+        str(path),
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    rows = [Row(**found) for found in json.loads(path.read_text(encoding="utf-8"))]
+    names = [row.implementation for row in rows]
+    assert names[0] == tune.TODAY
+    assert tune.AGAIN in names
+    assert all(row.correct and row.hidden_grad_error > 0 for row in rows)
+    assert all(row.p50_ms > 0 for row in rows if row.note != "not timed")
+    assert "proposal" in answer.stdout
+    answer = run_script("tune.py", interpreted=False)
+    assert answer.stdout.startswith("tune needs a CUDA device") or torch.cuda.is_available()

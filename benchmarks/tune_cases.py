@@ -1,0 +1,221 @@
+"""What tune.py tries: groups of launch settings, and the case each is timed at.
+
+The tasks stand in the order of the gain that benchmarks/TUNING.md predicts. A candidate is a label
+and the settings that it changes; all of a group, today's included, are within a factor of two or
+four. What cannot fit a Hopper GPU is left out before it is compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import attention_cases
+import cases
+import decode_cases
+import logits_cases
+import selection_cases
+import torch
+from attention_cases import AttentionCase, Group
+from cases import Case, Prepared
+from decode_cases import Batch, DecodeCase
+from implementations import LOGPS, MIN_MEMORY, POLICY, fastrl_variants, policy_loaders
+from inputs import Shape
+from selection_cases import SelectionCase, Tokens
+from tune_settings import Settings, current
+
+SHARED_BYTES = 227 * 1024  # of a block on Hopper
+ACCUMULATORS = 128  # registers of a thread that a tile of sums may take: half of all
+BF16 = torch.bfloat16
+
+
+class Task(NamedTuple):
+    """A group of settings and where it is timed."""
+
+    name: str
+    case: Any
+    prepare: Callable[..., Prepared]
+    implementation: str
+    candidates: Callable[[], dict[str, Settings]]
+
+
+def tasks(tiny: bool) -> list[Task]:
+    """On a GPU at the suite's shapes; tiny: in the interpreter at small ones."""
+    device = "cpu" if tiny else "cuda"
+    head = Shape(*((16, 96, 32) if tiny else (16384, 151936, 2048)), BF16, device)
+    logits = Shape(*((16, 96) if tiny else (8192, 151936)), 0, BF16, device)
+    heads = (2, 1, 16) if tiny else (16, 8, 128)
+    group = Group(*((12, 5, 2) if tiny else (2048, 512, 16)), *heads, BF16, device)
+    batch = Batch(*((2, 2, 12, 8) if tiny else (8, 16, 2048, 512)), *heads, BF16, device)
+    scores = Tokens(*((1, 128) if tiny else (1, 2**20)), device)
+    gather = f"{POLICY} one_pass gather 4GiB"
+    cublas = f"{POLICY} one_pass cublas 4GiB"
+    launch = "fastrl_kernels.launch"
+    loss, rows = "fastrl_kernels.policy_loss.launch", "fastrl_kernels.linear_logps"
+    selection = "fastrl_kernels.token_selection.op"
+    attention = "fastrl_kernels.segment_attention.launch"
+    decode = "fastrl_kernels.decode_attention.launch"
+    blocks = (lambda path: f"{launch}:INTERPRETED_BLOCKS") if tiny else (lambda path: path)
+    return [
+        Task("tiles of logits", Case("forward", head), cases.prepare, LOGPS,
+             of_blocks(blocks(f"{launch}:LOGITS.half"), tiny)),
+        Task("tiles of products", Case("policy_loss", head), prepare_policy, gather,
+             of_blocks(blocks(f"{launch}:PRODUCT.half"), tiny)),
+        Task("tiles of attention's key gradients", AttentionCase("attention", group),
+             attention_cases.prepare, ATTENTION, of_key_tiles(attention, tiny)),
+        Task("tiles of attention's queries", AttentionCase("attention", group),
+             attention_cases.prepare, ATTENTION, of_query_tiles(attention, tiny)),
+        Task("units of attention's keys", AttentionCase("attention", group),
+             attention_cases.prepare, ATTENTION,
+             of_numbers(f"{attention}:{'INTERPRETED_UNITS' if tiny else 'UNITS_PER_PROCESSOR'}",
+                        (2, 4, 6, 8, 12))),
+        Task("columns of min_memory's slices", Case("policy_loss", head), prepare_policy,
+             MIN_MEMORY, of_numbers(f"{launch}:{'INTERPRETED_SPLIT' if tiny else 'SPLIT'}",
+                                    (64, 32) if tiny else (1024, 4096, 8192))),
+        Task("rows of a chunk of one_pass", Case("policy_loss", head), prepare_policy, cublas,
+             of_numbers("fastrl_kernels.plan:MAX_ROWS.cuda", (1024, 2048, 8192))),
+        Task("splits of hidden gradients", Case("policy_loss", head, 0.2), prepare_policy, gather,
+             of_pairs({f"{loss}:MAX_SPLITS": (1, 2, 8), f"{loss}:ENOUGH_PROGRAMS": (132, 528)})),
+        Task("tiles of decoding", DecodeCase(batch), decode_cases.prepare, DECODE,
+             of_decode_tiles(decode, tiny)),
+        Task("parts of decoding", DecodeCase(batch), decode_cases.prepare, DECODE,
+             of_pairs({f"{decode}:{'INTERPRETED_SPLIT' if tiny else 'SPLIT'}": (128, 512, 1024),
+                       f"{decode}:ROWS_OF_A_TILE": (4, 16)})),
+        Task("blocks of rows of logits", Case("selected_logps", logits), logits_cases.prepare,
+             "fastrl selected_logps",
+             of_pairs({f"{launch}:{'INTERPRETED_ROW_BLOCK' if tiny else 'ROW_BLOCK'}":
+                       (1024, 4096, 8192), f"{launch}:ROW_WARPS": (4, 16)})),
+        Task("rows of a forward chunk", Case("forward", head), cases.prepare, LOGPS,
+             of_numbers(f"{rows}.launch:MAX_ROWS", (4096, 16384))),
+        Task("blocks of a selection", SelectionCase(scores), selection_cases.prepare,
+             "fastrl select_tokens",
+             of_pairs({f"{selection}:{'INTERPRETED_BLOCK' if tiny else 'BLOCK'}":
+                       (16,) if tiny else (1024, 4096),
+                       f"{selection}:MAX_PROGRAMS": (64, 256),
+                       f"{selection}:BLOCKS_PER_PROGRAM": (2, 8)})),
+    ]  # fmt: skip
+
+
+ATTENTION, DECODE = "fastrl segment_attention", "fastrl decode_attention"
+
+
+def prepare_policy(case: Case, only: str | None = None) -> Prepared:
+    """With every engine of our loss to choose from."""
+    return cases.prepare(case, only, policy_loaders() | fastrl_variants())
+
+
+def of_blocks(path: str, tiny: bool) -> Callable[[], dict[str, Settings]]:
+    """Tiles of a product, the ones that read fewest bytes for an operation first."""
+    choices: dict[str, tuple[int, ...]] = {
+        "rows": (64, 128, 256), "columns": (64, 128, 256), "depth": (32, 64, 128),
+        "num_warps": (4, 8), "num_stages": (3, 4, 5),
+    }  # fmt: skip
+    if tiny:
+        choices = {"columns": (16, 32)}
+    return functools.partial(tiles_around, path, choices, fits_product, most=16)
+
+
+def fits_product(tile: Any) -> bool:
+    """Operands of all stages in shared memory, sums in registers."""
+    operands = tile.num_stages * (tile.rows + tile.columns) * tile.depth * BF16.itemsize
+    sums = tile.rows * tile.columns / (32 * tile.num_warps)
+    return operands <= SHARED_BYTES and sums <= ACCUMULATORS
+
+
+def of_key_tiles(module: str, tiny: bool) -> Callable[[], dict[str, Settings]]:
+    """Tiles of the gradients of keys and values."""
+    choices = {"queries": (32, 64), "keys": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
+    path = f"{module}:HALF_TILINGS.128.key_gradients"
+    if tiny:
+        path, choices = f"{module}:INTERPRETED_TILING.key_gradients", {"keys": (16, 32)}
+    return functools.partial(tiles_around, path, choices, fits_attention, most=16)
+
+
+def of_query_tiles(module: str, tiny: bool) -> Callable[[], dict[str, Settings]]:
+    """Tiles of outputs and of the gradients of queries, which share tables of queries."""
+    path = f"{module}:{'INTERPRETED_TILING' if tiny else 'HALF_TILINGS.128'}"
+    sizes: Any = itertools.product((128, 64), (128, 64), (8, 4), (2, 3))
+    return functools.partial(query_tiles, path, ((16, 16, 4, 1),) if tiny else tuple(sizes))
+
+
+def query_tiles(path: str, sizes: tuple[tuple[int, ...], ...]) -> dict[str, Settings]:
+    """By queries, keys, warps and stages."""
+    today, found = current(path), {}
+    for queries, keys, num_warps, num_stages in sizes:
+        shape = {"queries": queries, "num_warps": num_warps, "num_stages": num_stages}
+        forward = today.forward._replace(keys=keys, **shape)
+        others = today.query_gradients._replace(keys=min(keys, 64), **shape)
+        if fits_attention(forward) and forward != today.forward:
+            tiling = today._replace(forward=forward, query_gradients=others)
+            found[label_of(forward)] = {path: tiling}
+    return found
+
+
+def fits_attention(tile: Any) -> bool:
+    """Queries, and keys and values of all stages, of heads of 128; outputs and scores."""
+    operands = (tile.queries + 2 * tile.num_stages * tile.keys) * 128 * BF16.itemsize
+    sums = tile.queries * (128 + tile.keys) / (32 * tile.num_warps)
+    return operands <= SHARED_BYTES and sums <= 1.5 * ACCUMULATORS
+
+
+def of_decode_tiles(module: str, tiny: bool) -> Callable[[], dict[str, Settings]]:
+    """Tiles of the parts of rows."""
+    choices = {"queries": (32, 64, 128), "columns": (32, 64, 128), "num_warps": (4, 8),
+               "num_stages": (2, 3, 4)}  # fmt: skip
+    path = f"{module}:HALF_TILES.128"
+    if tiny:
+        path, choices = f"{module}:INTERPRETED_TILE", {"columns": (16, 32)}
+
+    return functools.partial(tiles_around, path, choices, fits_decoding, most=12)
+
+
+def fits_decoding(tile: Any) -> bool:
+    """Queries, and keys and values of all stages, of heads of 128."""
+    operands = (tile.queries + 2 * tile.num_stages * tile.columns) * 128 * BF16.itemsize
+    return operands <= SHARED_BYTES
+
+
+def tiles_around(
+    path: str, choices: dict[str, tuple[int, ...]], fits: Callable[[Any], bool], most: int
+) -> dict[str, Settings]:
+    """All combinations that fit, those with the most operations for a byte first."""
+    today = current(path)
+    found = []
+    for values in itertools.product(*choices.values()):
+        tile = today._replace(**dict(zip(choices, values, strict=True)))
+        if tile != today and fits(tile):
+            found.append(tile)
+    found.sort(key=lambda tile: (1 / tile[0] + 1 / tile[1], distance(tile, today)))
+    return {label_of(tile): {path: tile} for tile in found[:most]}
+
+
+def distance(tile: Any, today: Any) -> int:
+    """How many fields differ."""
+    return sum(a != b for a, b in zip(tile, today, strict=True))
+
+
+def label_of(tile: Any) -> str:
+    """All fields in their order."""
+    return "x".join("-" if value is None else str(value) for value in tile)
+
+
+def of_numbers(path: str, values: tuple[int, ...]) -> Callable[[], dict[str, Settings]]:
+    """One setting."""
+    return of_pairs({path: values})
+
+
+def of_pairs(choices: dict[str, tuple[int, ...]]) -> Callable[[], dict[str, Settings]]:
+    """Each setting with each of its values, one at a time."""
+    return functools.partial(one_at_a_time, choices)
+
+
+def one_at_a_time(choices: dict[str, tuple[int, ...]]) -> dict[str, Settings]:
+    """All but today's."""
+    return {
+        f"{path.split(':')[1]} {value}": {path: value}
+        for path, values in choices.items()
+        for value in values
+        if value != current(path)
+    }
