@@ -179,14 +179,25 @@ def test_softcap_of_the_head():
     assert float((out.entropy - entropies).abs().max()) < 1e-5
 
 
-def test_half_precision_under_autocast():
-    """States of one dtype and a head of another, as nn.Linear has them under autocast."""
+@pytest.mark.parametrize("part", ["model", "lm_head"])
+def test_states_of_one_dtype_and_a_head_of_another(part):
+    """Which nn.Linear is given under autocast, where it casts both."""
     model, inputs = of_ours(qwen3()), packed()
-    exact = model(**inputs, temperature=1.0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = model(**inputs, temperature=1.0)
+    getattr(model, part).bfloat16()
+    out = model(**inputs, temperature=0.7)
+    given = {name: inputs[name] for name in ("input_ids", "position_ids", "use_cache")}
+    states, weight = model.model(**given).last_hidden_state, model.lm_head.weight
+    assert states.dtype != weight.dtype
+    logits = states.to(weight.dtype).float() @ weight.float().T
+    logps, entropies = from_logits(logits, inputs, 0.7)
     assert out.log_probs.dtype == torch.float32
-    assert 0 < float((out.log_probs - exact.log_probs).detach().abs().max()) < 0.3
+    assert float((out.log_probs - logps).detach().abs().max()) < 1e-5
+    assert float((out.entropy - entropies).detach().abs().max()) < 1e-5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model(**inputs, temperature=0.7)
+        logits = model(**given).logits.float()
+    logps, _ = from_logits(logits, inputs, 0.7)
+    assert float((rounded.log_probs - logps).detach().abs().max()) < 0.1
 
 
 def test_adapters_on_layers_and_head():
