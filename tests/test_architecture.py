@@ -31,7 +31,8 @@ PURE = (
 )
 TRANSFORMERS_HOMES = ("policy", "rollout", "integrations")
 OPTIONAL = {
-    "peft", "bitsandbytes", "torchao", "flash_attn", "liger_kernel", "vllm", "ray", "trl", "wandb",
+    "peft", "bitsandbytes", "torchao", "flash_attn", "liger_kernel", "vllm", "ray", "trl", "verl",
+    "wandb",
 }  # fmt: skip
 
 
