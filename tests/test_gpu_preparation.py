@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # as a script there has it
 
 import gpu_tests
+import real_run_cases
 import sanitize
 import sanitize_cases
 import tune
@@ -237,3 +238,48 @@ def test_a_task_from_beginning_to_end(tmp_path):
     assert "proposal" in answer.stdout
     answer = run_script("tune.py", interpreted=False)
     assert answer.stdout.startswith("tune needs a CUDA device") or torch.cuda.is_available()
+
+
+def test_operations_of_an_update():
+    """Against those that PyTorch counts in a forward pass of one completion."""
+    from bench_shared_prefix import Case, build_model
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = Case(1, 24, 8, 1)
+    model = build_model(True, torch.float32)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.arange(32)[None], logits_to_keep=8)
+    counted = counter.get_total_flops()
+    config = model.config
+    pair = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    # PyTorch counts all pairs, of which a causal pass needs half; norms it does not count at all.
+    needed = real_run_cases.work_of(case, model, None).needed / 3 + pair * 32**2 / 2
+    assert needed == pytest.approx(counted, rel=5e-3)
+
+
+def test_what_was_shared_and_dropped_is_not_done():
+    from bench_shared_prefix import Case, build_model
+
+    model = build_model(True, torch.float32)
+    nothing = {"down_sampling/completions_dropped": 0.0, "down_sampling/flops_saved": 0.0}
+    alone = real_run_cases.work_of(Case(3, 24, 8, 1), model, nothing)
+    assert alone.done == pytest.approx(alone.needed)
+    shared = real_run_cases.work_of(Case(3, 24, 8, 4), model, nothing)
+    assert 0.4 < shared.done / shared.needed < 0.6
+    half = {"down_sampling/completions_dropped": 6.0, "down_sampling/flops_saved": 0.5}
+    assert real_run_cases.work_of(Case(3, 24, 8, 4), model, half).done < 0.52 * shared.done
+
+
+def test_a_real_run_from_beginning_to_end(tmp_path):
+    path = tmp_path / "rows.json"
+    words = ("--tiny", "--only", "sparse head", "--json", str(path))
+    answer = run_script("bench_real_run.py", *words, interpreted=False)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    rows = [Row(**found) for found in json.loads(path.read_text(encoding="utf-8"))]
+    assert [row.case.split()[0] for row in rows] == ["rollout", "train", "step"]
+    assert all(row.correct and row.p50_ms > 0 for row in rows)
+    train = rows[1]
+    assert train.percent_of_floor == pytest.approx(100 * train.floor_ms / train.p50_ms)
+    assert "tokens/s" in train.note
+    assert "of the operations done" in train.note
