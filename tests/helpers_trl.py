@@ -66,12 +66,12 @@ class Result(NamedTuple):
     metrics: dict[str, list[float]]
 
 
-def result_of(trainer: Any, inputs: dict[str, Any]) -> Result:
-    """Loss, all gradients and all metrics of one batch."""
+def result_of(trainer: Any, inputs: dict[str, Any], model: Any = None) -> Result:
+    """Loss, all gradients and all metrics of one batch; model: a wrapped one."""
     trainer.model.train()
     trainer.model.zero_grad(set_to_none=True)
     trainer._metrics["train"].clear()
-    loss = trainer.compute_loss(trainer.model, dict(inputs))
+    loss = trainer.compute_loss(trainer.model if model is None else model, dict(inputs))
     loss.backward()
     named = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     missing = [name for name, parameter in named.items() if parameter.grad is None]

@@ -238,9 +238,11 @@ def test_prompts_stand_once_and_idle_completions_have_no_backward(directory):
     from fastrl.integrations.trl import FastGRPOTrainer
 
     theirs, ours = (online(x, directory) for x in (trl.GRPOTrainer, FastGRPOTrainer))
-    batch, counts = batch_of(theirs), [Counts(x.model) for x in (theirs, ours)]
+    batch = batch_of(theirs)
     for trainer in (theirs, ours):
         trainer.current_gradient_accumulation_steps = 1
+    result_of(ours, batch)  # once, it sees whether padding counts as a position
+    counts = [Counts(x.model) for x in (theirs, ours)]
     assert_same(result_of(ours, batch), result_of(theirs, batch))
     assert counts[0].tokens == {True: 8 * 19, False: 0}
     # Prompts of 12 and 5 tokens once; of every completion all but the last token. Completion 2,
@@ -260,10 +262,11 @@ def test_an_instance_of_a_subclass_keeps_its_own_loss(directory):
     theirs, ours = online(Halved, directory), online(Halved, directory)
     assert accelerate_trl(ours, strict=True) is ours
     assert type(ours) is Halved
-    counts = Counts(ours.model)
     for trainer in (theirs, ours):
         trainer.current_gradient_accumulation_steps = 1
     batch = batch_of(theirs)
+    result_of(ours, batch)  # once, it sees whether padding counts as a position
+    counts = Counts(ours.model)
     assert_same(result_of(ours, batch), result_of(theirs, batch))
     assert counts.tokens[True] < 8 * 19  # prompts are shared
     assert counts.tokens[False] == 0  # what an unknown loss needs is not known
@@ -293,6 +296,61 @@ def test_a_model_that_cannot_share_has_padded_rows_and_one_warning(tmp_path):
     assert_same(found, result_of(theirs, batch))
     with pytest.raises(InputError, match=r"prompts cannot be shared: .*longest sequence"):
         result_of(strict, batch)
+
+
+def doubled(_, bucket):  # annotations are checked, and would be strings here
+    future: Any = torch.futures.Future()
+    future.set_result(2 * bucket.buffer())
+    return future
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("finds_unused", [False, True])
+def test_every_gradient_goes_through_distributed_hooks(directory, tmp_path, finds_unused, level):
+    """A hook of communication doubles what DistributedDataParallel sees, and that is all."""
+    from fastrl.integrations.trl import accelerate_trl
+
+    distributed = pytest.importorskip("accelerate.utils").DistributedType
+    address = f"file://{tmp_path}/store"
+    theirs, ours = (online(trl.GRPOTrainer, directory) for _ in range(2))
+    for trainer in (theirs, ours):
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.importance_sampling_level = level
+    state = ours.accelerator.state
+    was, state.distributed_type = state.distributed_type, distributed.MULTI_CPU
+    accelerate_trl(ours, strict=True)
+    state.distributed_type = was
+    batch = batch_of(theirs)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(
+            ours.model, find_unused_parameters=finds_unused
+        )
+        wrapped.register_comm_hook(None, doubled)
+        for _ in range(2):
+            found, expected = result_of(ours, batch, wrapped), result_of(theirs, batch)
+            twice = {name: 2 * gradient for name, gradient in expected.gradients.items()}
+            assert_same(found, expected._replace(gradients=twice))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_inputs_that_a_packed_row_lacks_have_padded_rows(directory):
+    """As images have; the loss still is one pass, and nothing is left out of the padded batch."""
+    from fastrl.integrations.trl import FastGRPOTrainer
+
+    theirs, ours = (online(x, directory) for x in (trl.GRPOTrainer, FastGRPOTrainer))
+    counts = Counts(ours.model)
+    for trainer in (theirs, ours):
+        trainer.current_gradient_accumulation_steps = 1
+    batch = batch_of(theirs)
+    batch["token_type_ids"] = torch.zeros(8, 19, dtype=torch.int64)
+    with pytest.warns(UserWarning, match="no place for token_type_ids"):
+        found = result_of(ours, batch)
+    assert_same(found, result_of(theirs, batch))
+    assert counts.tokens == {True: 8 * 19, False: 0}
+    images = [{**batch, "pixel_values": [torch.ones(1)]}] * 2
+    assert regrouped(images, 2) is images
 
 
 def test_rows_are_made_by_one_function(directory, monkeypatch):

@@ -11,7 +11,6 @@ Legend: B sequences, L their padded length, S labelled tokens, D hidden, V vocab
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
@@ -29,6 +28,10 @@ CALL = "fastrl_call"
 """Keyword argument under which a trainer says what it knows of a call beforehand."""
 WITHOUT_EFFECT = ("use_cache", "output_router_logits", "return_dict")
 """Keyword arguments of a forward pass that leave hidden states alone where they are false."""
+ROUTERS = (
+    "the routers' load-balancing loss is over all rows, and TRL's own forward pass computes it; "
+    "router_aux_loss_coef=0 turns it off"
+)
 
 
 class Call(NamedTuple):
@@ -67,7 +70,6 @@ class FusedForward:
         self.may_accumulate = may_accumulate
         self.autocast = autocast
         self.make_rows = make_rows
-        self._is_routing_known = False
 
     def __call__(
         self, model: Any, *, input_ids: Tensor | None, labels: Tensor,
@@ -104,18 +106,6 @@ class FusedForward:
             log_sum_sq_probs=table(sum_p2), mean_logits=table(answer.mean_logits),
             is_top1=table(answer.is_top1), label_mask=mask,
         )  # fmt: skip
-
-    def leave_to_trl(self) -> None:
-        """Say once, or raise if strict, that TRL computes what needs the routers' losses itself."""
-        reason = "the routers' load-balancing loss is over padded rows"
-        if self.make_rows.strict:
-            raise InputError(
-                f"prompts cannot be shared: {reason}; set router_aux_loss_coef to 0, or strict to "
-                "False for TRL's own forward pass"
-            )
-        if not self._is_routing_known:
-            self._is_routing_known = True
-            warnings.warn(f"this model is left to TRL's own forward pass: {reason}", stacklevel=4)
 
     def _answer(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor,
@@ -187,7 +177,7 @@ def install(model: Any, answers: FusedForward) -> None:
             return theirs(*args, **kwargs)
         wants_routers = getattr(self.config.get_text_config(), "output_router_logits", False)
         if kwargs.get("output_router_logits", wants_routers):
-            answers.leave_to_trl()
+            answers.make_rows.fall_back(ROUTERS)
             kwargs.pop(CALL, None)
             return theirs(*args, fused_lm_head=True, **kwargs)
         assert not args  # TRL names everything
