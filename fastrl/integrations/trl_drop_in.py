@@ -49,13 +49,13 @@ def accelerate_trl(
             "not for FastRL's own classes"
         )
     check_trainer(trainer)
-    is_own = _is_own(trainer, base)
+    is_own = _is_own(trainer, base, LOSS)
     _replace_forward(trainer, strict=strict, workspace_mb=workspace_mb)
     if base.__name__ == "DPOTrainer":
         return trainer
     if is_own:
         trainer._compute_loss = functools.partial(_loss, trainer, trainer._compute_loss)
-        if regroup and can_regroup(trainer):
+        if regroup and can_regroup(trainer) and _is_own(trainer, base, ("compute_loss",)):
             trainer._prepare_inputs = functools.partial(_inputs, trainer, trainer._prepare_inputs)
     return trainer
 
@@ -90,11 +90,11 @@ def fast_trainer(name: str, base_name: str) -> type:
     return FastTrainer
 
 
-def _is_own(trainer: Any, base: type) -> bool:
-    """Whether the loss is that of TRL, not of a subclass."""
+def _is_own(trainer: Any, base: type, methods: tuple[str, ...]) -> bool:
+    """Whether these methods are those of TRL, not of a subclass."""
     return all(
         getattr(type(trainer), name) is getattr(base, name) and name not in vars(trainer)
-        for name in LOSS
+        for name in methods
         if hasattr(base, name)
     )
 
