@@ -82,7 +82,7 @@ def real_config(case: Case, method: str, directory: Path, device: str) -> Config
     model = dataclasses.replace(config.model, device=device, precision="split")
     return dataclasses.replace(
         config, model=model, rewards=(f"{directory / 'share.py'}:share",),
-        max_tokens_per_pass=32768,
+        max_tokens_per_pass=16384,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import sanitize
 import sanitize_cases
 import tune
 import tune_cases
+import tune_resources
 import tune_settings
 from rows import Row, write_json
 
@@ -283,3 +284,28 @@ def test_a_real_run_from_beginning_to_end(tmp_path):
     assert train.percent_of_floor == pytest.approx(100 * train.floor_ms / train.p50_ms)
     assert "tokens/s" in train.note
     assert "of the operations done" in train.note
+
+
+def test_the_log_has_the_resources_of_the_committed_table():
+    page = tune_resources.PAGE.read_text(encoding="utf-8")
+    rows = json.loads(tune_resources.ROWS.read_text(encoding="utf-8"))["rows"]
+    expected = tune_resources.with_table(page, tune_resources.table(rows))
+    assert page == expected, "run python benchmarks/tune_resources.py --write"
+    assert "logits (bf16)" in tune_resources.table(rows)
+
+
+def test_how_many_blocks_fit():
+    """Numbers of NVIDIA's occupancy calculator for compute capability 9.0."""
+    assert tune_resources.residency(128, 0, 8) == (2, "registers", 16)
+    assert tune_resources.residency(129, 0, 8) == (1, "registers", 8)
+    assert tune_resources.residency(32, 0, 8) == (8, "warps", 64)
+    assert tune_resources.residency(32, 100 * 1024, 4) == (2, "shared memory", 8)
+    assert tune_resources.residency(16, 0, 1).blocks == 32
+
+
+def test_products_are_read_off_the_assembly():
+    text = """
+    wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1, %rd2;
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f2};
+    """
+    assert tune_resources.products_of(text) == ["mma m16n8k16", "wgmma m64n64k16"]
