@@ -33,7 +33,7 @@ from tune_settings import Settings, current, interpreted, overridden
 
 TODAY, AGAIN, COPY = f"{OURS}, today", f"{OURS}, today again", "copy of memory"
 NUM_FINALISTS = 4
-SHARE_FOR_CHECKS, SHARE_FOR_FIRST = 0.5, 0.25  # of a task's time; the finalists have the rest
+SHARE_FOR_CHECKS, SHARE_FOR_TIMES = 0.6, 0.2  # of a task's time; the finalists have the rest
 CHECK_SECONDS = 20.0  # of one candidate: compiling and two calls
 
 
@@ -105,13 +105,14 @@ def measured(task: Task, seconds: float) -> list[Row]:
     timings: dict[str, Timing] = {}
     if TODAY in right:
         timings = time_interleaved(
-            ceilings | steps_of(right), device=device, seconds=SHARE_FOR_FIRST * seconds
+            ceilings | steps_of(right), device=device, seconds=SHARE_FOR_TIMES * seconds
         )
         best = sorted(right, key=lambda label: timings[label].p50)[:NUM_FINALISTS]
         finalists = ceilings | steps_of(dict.fromkeys([TODAY, *best]))
         finalists[AGAIN] = finalists[TODAY]
-        left = max(1.0, seconds - (time.monotonic() - began))
-        timings |= time_interleaved(finalists, device=device, seconds=left, seed=1)
+        timings |= time_interleaved(
+            finalists, device=device, seconds=SHARE_FOR_TIMES * seconds, seed=1
+        )
         verdicts[AGAIN] = verdicts[TODAY]
     release(prepared)
     left_out = len(candidates) - len(verdicts) + (AGAIN in verdicts)
@@ -187,7 +188,7 @@ def by_distance(found: Sequence[Task], path: Path | None) -> list[Task]:
 def main() -> int:
     """See the top of the file; 2 without a device."""
     parser = make_parser((__doc__ or "").splitlines()[0], seconds=500)
-    parser.add_argument("--task-seconds", type=float, default=36.0, help="of one task")
+    parser.add_argument("--task-seconds", type=float, default=50.0, help="of one task at most")
     parser.add_argument("--after", type=Path, help="rows of a suite, for the order")
     parser.add_argument("--tiny", action="store_true", help="small sizes in the interpreter")
     args = parser.parse_args()
