@@ -86,9 +86,33 @@ def test_every_loss_is_trls(compare, pair, batch, loss_type, level, beta):
     assert all(bool(gradient.any()) for gradient in found.gradients.values())
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "sapo"])
-def test_on_policy_batches_without_old_logps(compare, loss_type):
-    compare({"old_per_token_logps": None}, loss_type=loss_type, beta=0.04)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_on_policy_batches_without_old_logps(compare, pair, batch, loss_type, level):
+    fresh = {"old_per_token_logps": None}
+    high = 2.5 if loss_type == "cispo" else 0.28
+    compare(
+        fresh, loss_type=loss_type, importance_sampling_level=level, beta=0.04, epsilon_high=high,
+        use_bias_correction_kl=False,
+    )  # fmt: skip
+    is_one_pass = one_pass_of(pair[1], {k: v for k, v in batch.items() if k not in fresh})
+    assert (is_one_pass is not None) == (loss_type != "vespo")
+
+
+@pytest.mark.parametrize(
+    ("changes", "of_tokens"), [({"use_bias_correction_kl": True, "beta": 0.1}, False), ({}, True)],
+    ids=["unbiased KL", "advantages of tokens"],
+)  # fmt: skip
+def test_sequences_on_policy_whose_tokens_depend_on_each_other(
+    compare, pair, batch, changes, of_tokens
+):
+    fresh = {"old_per_token_logps": None}
+    if of_tokens:
+        C = batch["completion_ids"].shape[1]
+        fresh["advantages"] = batch["advantages"][:, None] * torch.linspace(0.5, 2, C)
+    compare(fresh, importance_sampling_level="sequence", **changes)
+    inputs = {name: value for name, value in {**batch, **fresh}.items() if value is not None}
+    assert one_pass_of(pair[1], inputs) is None
 
 
 ADAPTIVE = {

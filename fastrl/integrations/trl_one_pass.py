@@ -16,16 +16,8 @@ from torch import Tensor
 
 from fastrl.integrations.head_rows import HeadRows
 from fastrl_kernels import PolicyLoss
-from fastrl_kernels.objectives import (
-    Objective,
-    Regulariser,
-    clipped_ratio,
-    k3,
-    k3_is,
-    soft_gated_ratio,
-    truncated_importance,
-    two_sided_clipped_ratio,
-)
+from fastrl_kernels.grpo_modules import grpo_objective
+from fastrl_kernels.objectives import Objective
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 """Loss types with PPO's surrogate; they differ in how tokens are averaged."""
@@ -76,12 +68,12 @@ class OnePass(NamedTuple):
 def one_pass_of(trainer: Any, inputs: dict[str, Any]) -> OnePass | None:
     """What a GRPOTrainer is about to compute for a batch; None where tokens depend on each other.
 
-    Those are sequence-level ratios, `vespo`, masks by entropy or by the drift of a sequence, and
-    the loss of a router. A `delta` within the clip range is TRL's alone, too.
+    Those are sequence-level ratios off the policy, `vespo`, masks by entropy or by the drift of a
+    sequence, and the loss of a router. A `delta` within the clip range is TRL's alone, too.
     """
     delta, high = trainer.args.delta, trainer.epsilon_high
     if (
-        trainer.importance_sampling_level != "token"
+        (trainer.importance_sampling_level != "token" and not _is_one_policy(trainer, inputs))
         or trainer.loss_type not in PER_TOKEN
         or trainer.top_entropy_quantile < 1.0
         or trainer.off_policy_mask_threshold is not None
@@ -107,6 +99,21 @@ def one_pass_of(trainer: Any, inputs: dict[str, Any]) -> OnePass | None:
     )
 
 
+def _is_one_policy(trainer: Any, inputs: dict[str, Any]) -> bool:
+    """Whether a sequence's ratio is 1 and its gradient that of its tokens' ratios.
+
+    What each token multiplies it by would be shared out among the tokens of the sequence.
+    """
+    is_corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
+    has_ratio_in_penalty = trainer.beta != 0.0 and trainer.args.use_bias_correction_kl
+    return (
+        inputs.get("old_per_token_logps") is None
+        and inputs["advantages"].dim() == 1
+        and not is_corrected
+        and not has_ratio_in_penalty
+    )
+
+
 def loss_mask(inputs: dict[str, Any]) -> Tensor:
     """(B, C) tokens that the policy sampled and that are trained, as TRL masks them."""
     mask: Tensor = inputs["completion_mask"]
@@ -124,20 +131,13 @@ def entropy_coef_of(trainer: Any) -> float:
 
 
 def _objective(trainer: Any) -> Objective:
-    arguments, low, high = trainer.args, trainer.epsilon_low, trainer.epsilon_high
-    if trainer.loss_type == "cispo":  # caps the ratio at epsilon_high itself
-        objective = Objective(truncated_importance, (1.0, high - 1.0))
-    elif trainer.loss_type == "sapo":
-        temperatures = (arguments.sapo_temperature_pos, arguments.sapo_temperature_neg)
-        objective = Objective(soft_gated_ratio, temperatures)
-    elif arguments.delta is not None:
-        objective = Objective(two_sided_clipped_ratio, (low, high, arguments.delta))
-    else:
-        objective = Objective(clipped_ratio, (low, high))
-    if trainer.beta == 0.0:
-        return objective
-    penalty = k3_is if arguments.use_bias_correction_kl else k3
-    return objective._replace(regularisers=(Regulariser(penalty, trainer.beta),))
+    arguments = trainer.args
+    return grpo_objective(
+        trainer.loss_type, epsilon_low=trainer.epsilon_low, epsilon_high=trainer.epsilon_high,
+        delta=arguments.delta, beta=trainer.beta,
+        use_bias_correction_kl=arguments.use_bias_correction_kl,
+        sapo_temperatures=(arguments.sapo_temperature_pos, arguments.sapo_temperature_neg),
+    )  # fmt: skip
 
 
 def _num_micro_batches(trainer: Any) -> int:

@@ -220,20 +220,30 @@ class FusedLinearGRPOLoss(nn.Module):
 
     def _objective(self) -> Objective:
         """The loss of one token."""
-        penalty = k3_is if self.use_bias_correction_kl else k3
-        regularisers = (Regulariser(penalty, self.beta),) if self.beta != 0 else ()
-        if self.loss_type == "cispo":  # whose cap is epsilon_high itself
-            bounds = (1.0, self.epsilon_high - 1.0)
-            return Objective(truncated_importance, bounds, regularisers)
-        if self.loss_type == "sapo":
-            slopes = (self.sapo_temperature_pos, self.sapo_temperature_neg)
-            return Objective(soft_gated_ratio, slopes, regularisers)
-        if self.loss_type == "vespo":
-            return Objective(policy_gradient, (), regularisers)
-        if self.delta is not None:
-            bounds3 = (self.epsilon_low, self.epsilon_high, self.delta)
-            return Objective(two_sided_clipped_ratio, bounds3, regularisers)
-        return Objective(clipped_ratio, (self.epsilon_low, self.epsilon_high), regularisers)
+        return grpo_objective(
+            self.loss_type, epsilon_low=self.epsilon_low, epsilon_high=self.epsilon_high,
+            delta=self.delta, beta=self.beta, use_bias_correction_kl=self.use_bias_correction_kl,
+            sapo_temperatures=(self.sapo_temperature_pos, self.sapo_temperature_neg),
+        )  # fmt: skip
+
+
+def grpo_objective(
+    loss_type: str, *, epsilon_low: float, epsilon_high: float, delta: float | None, beta: float,
+    use_bias_correction_kl: bool, sapo_temperatures: tuple[float, float],
+) -> Objective:  # fmt: skip
+    """The loss of one token, by the names and numbers that TRL and Liger give it."""
+    penalty = k3_is if use_bias_correction_kl else k3
+    regularisers = (Regulariser(penalty, beta),) if beta != 0 else ()
+    if loss_type == "cispo":  # whose cap is epsilon_high itself
+        return Objective(truncated_importance, (1.0, epsilon_high - 1.0), regularisers)
+    if loss_type == "sapo":
+        return Objective(soft_gated_ratio, sapo_temperatures, regularisers)
+    if loss_type == "vespo":
+        return Objective(policy_gradient, (), regularisers)
+    if delta is not None:
+        bounds = (epsilon_low, epsilon_high, delta)
+        return Objective(two_sided_clipped_ratio, bounds, regularisers)
+    return Objective(clipped_ratio, (epsilon_low, epsilon_high), regularisers)
 
 
 def _check(loss: FusedLinearGRPOLoss) -> None:
