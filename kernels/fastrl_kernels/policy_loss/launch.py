@@ -48,25 +48,36 @@ MAX_SPLITS = 4  # of the sum over the vocabulary that gives the hidden gradients
 ENOUGH_PROGRAMS = 256
 
 
-def products_for(products: str, dtype: torch.dtype) -> str:
-    """Who multiplies: tensor cores take half precision, so for the rest the library is faster."""
+def products_for(products: str, dtype: torch.dtype, batch_invariant: bool = False) -> str:
+    """Who multiplies: tensor cores take half precision, so for the rest the library is faster.
+
+    The library's way depends on the number of rows, and with it the bits of each.
+    """
+    if products == "cublas" and batch_invariant:
+        raise ValueError(
+            'batch_invariant needs products="gather" on a GPU, got "cublas", whose sums depend on '
+            "the number of rows; use auto"
+        )
     if products != "auto":
         return products
-    return "gather" if dtype in HALF else "cublas"
+    return "gather" if dtype in HALF or batch_invariant else "cublas"
 
 
 def one_pass(
     inputs: Inputs, tokens: Tokens, objective: Objective, entropy_coef: Parameter, *,
     needs_grad: list[bool], workspace_mb: float, products: str = "auto",
+    batch_invariant: bool = False,
 ) -> tuple[PolicyLoss, Gradients]:  # fmt: skip
     """As `one_pass.one_pass`, without waiting for the device."""
+    products = products_for(products, inputs.hidden_states.dtype, batch_invariant)
     inputs = dense_inputs(inputs)
     tokens = Tokens._make(None if x is None else x.contiguous() for x in tokens)
     shape = shape_of(inputs.hidden_states, inputs.head)
     shape = shape._replace(trains_hidden=needs_grad[0], trains_weight=needs_grad[1])
     plan = make_plan(
-        "one_pass" if any(needs_grad) else "forward", shape, int(workspace_mb * MIB), False
-    )
+        "one_pass" if any(needs_grad) else "forward", shape, int(workspace_mb * MIB),
+        batch_invariant,
+    )  # fmt: skip
     out = empty_losses(inputs)
     sums = empty_sums(inputs, needs_grad)
     num_tokens = inputs.hidden_states.shape[0]
@@ -77,8 +88,9 @@ def one_pass(
             lse=torch.zeros_like(out.slopes),
             residuals=torch.zeros_like(out.slopes),
             one=torch.ones_like(out.slopes[:1]),
-            is_dense=products_for(products, inputs.hidden_states.dtype) == "cublas",
+            is_dense=products == "cublas",
             wants_gradients=any(needs_grad),
+            batch_invariant=batch_invariant,
         )  # fmt: skip
         rows = rows_where((inputs.target_ids >= 0) & (tokens.weights != 0))
         buffer = inputs.hidden_states.new_empty(
@@ -105,6 +117,7 @@ class _Run(NamedTuple):
     one: Tensor  # (1,)
     is_dense: bool
     wants_gradients: bool
+    batch_invariant: bool
 
     def chunk(self, rows: Rows, logits: Tensor) -> None:
         """Loss and gradients of some rows; logits: (R, V) float32 room for theirs."""
@@ -211,9 +224,14 @@ class _Run(NamedTuple):
         finish_hidden(self.sums, hidden_sum, adapted_sum, inputs, rows.ids[slots.long()])
 
     def room(self, rows: Rows, width: int) -> Tensor:
-        """(splits, R, width) for sums over the vocabulary, split until the device is full."""
+        """(splits, R, width) for sums over the vocabulary, split until the device is full.
+
+        Bits depend on the number of splits, and that on the chunk's rows: on those of a full one
+        where a row is to be the same in any batch.
+        """
         blocks = product_blocks(self.inputs.hidden_states.dtype)
-        num_programs = cdiv(rows.ids.shape[0], blocks.rows) * cdiv(width, blocks.columns)
+        num_rows = self.plan.rows if self.batch_invariant else rows.ids.shape[0]
+        num_programs = cdiv(num_rows, blocks.rows) * cdiv(width, blocks.columns)
         num_splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // num_programs))
         shape = (num_splits, rows.ids.shape[0], width)
         return self.inputs.hidden_states.new_empty(shape, dtype=torch.float32)

@@ -65,7 +65,7 @@ def policy_loss_op(
 
             result, grads = launch.one_pass(
                 inputs, tokens, objective, entropy_coef, needs_grad=needs_grad,
-                workspace_mb=workspace_mb, products=products,
+                workspace_mb=workspace_mb, products=products, batch_invariant=batch_invariant,
             )  # fmt: skip
         else:
             result, grads = one_pass(

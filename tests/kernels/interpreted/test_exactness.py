@@ -59,6 +59,36 @@ def test_a_row_alone_and_in_a_batch(name: str) -> None:
             assert torch.equal(value, all_values[rows])
 
 
+@pytest.mark.parametrize("engine", ["one_pass", "min_memory"])
+def test_gradients_of_a_row_alone_and_in_a_batch(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many programs as a small GPU has: fewer rows would share out the vocabulary to more."""
+    from fastrl_kernels.policy_loss import launch
+
+    monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", 4)
+    case = make_case("plain", torch.float32, rows=37, columns=403)
+    tokens = {"advantages": torch.linspace(-1, 2, 37), "token_weights": torch.ones(37)}
+
+    def run(rows: slice, **settings: Any) -> list[torch.Tensor]:
+        hidden = case.hidden[rows].detach().requires_grad_()
+        weight = case.head.weight.detach().requires_grad_()
+        out = policy_loss(
+            hidden, weight, case.target_ids[rows],
+            **{name: value[rows] for name, value in tokens.items()}, objective=RATIO,
+            engine=engine, batch_invariant=True, implementation="triton", **settings,
+        )  # fmt: skip
+        return [out.logps.detach(), *torch.autograd.grad(out.loss, hidden)]
+
+    together = run(slice(None))
+    for row in (1, 18, 36):
+        for alone, value in zip(run(slice(row, row + 1)), together, strict=True):
+            assert torch.equal(alone[0], value[row])
+    if engine == "one_pass":
+        with pytest.raises(ValueError, match='batch_invariant needs products="gather"'):
+            run(slice(None), products="cublas")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["plain", "everything", "nf4"])
 def test_on_policy_every_ratio_is_exactly_1(name: str, dtype: torch.dtype) -> None:
