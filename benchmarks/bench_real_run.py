@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from bench_shared_prefix import Case
-from measure import in_fresh_process, quantiles
+from measure import quantiles
 from real_run_cases import METHODS, SIZES, Measured, run_ours, run_trl
 from rows import OURS, Row, environment, print_table
 from suite import SuiteCase, make_parser, run_suite
@@ -106,7 +106,7 @@ def main() -> int:
     names = [*METHODS, *([] if absent else [TRL])]
     case = make_case(args.tiny)
     with tempfile.TemporaryDirectory() as directory:
-        in_fresh_process(save_model, directory, False, SIZES[size])
+        save_model(directory, False, SIZES[size])
         cases = [
             SuiteCase(
                 name, functools.partial(measure, name, case, size, directory, device),

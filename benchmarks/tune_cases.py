@@ -48,7 +48,7 @@ def tasks(tiny: bool) -> list[Task]:
     logits = Shape(*((16, 96) if tiny else (8192, 151936)), 0, BF16, device)
     heads = (2, 1, 16) if tiny else (16, 8, 128)
     group = Group(*((12, 5, 2) if tiny else (2048, 512, 16)), *heads, BF16, device)
-    batch = Batch(*((2, 2, 12, 8) if tiny else (8, 16, 2048, 512)), *heads, BF16, device)
+    batch = Batch(*((1, 2, 6, 4) if tiny else (8, 16, 2048, 512)), *heads, BF16, device)
     scores = Tokens(*((1, 128) if tiny else (1, 2**20)), device)
     gather = f"{POLICY} one_pass gather 4GiB"
     cublas = f"{POLICY} one_pass cublas 4GiB"

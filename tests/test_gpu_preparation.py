@@ -36,7 +36,7 @@ ONCE = (  # together every kernel
     "select_tokens", "adamw split weights, 8 bits",
 )  # fmt: skip
 REHEARSED = (  # some of the tests at real sizes, at tiny ones; pytest -m gpu there runs them all
-    "sizes0-dtype0 or 31_weights or million or truth_is or add_up or selection_run or decode_run"
+    "sizes0-dtype0-engine0 or 31_weights or million or truth_is or add_up or selection_run or decode_run"
 )
 RACES = """========= COMPUTE-SANITIZER
 ========= Error: Race reported between Write access at forward_kernel+0x70
@@ -126,13 +126,9 @@ def test_the_sanitizer_gets_the_case_and_its_time(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what it says without a GPU")
 def test_what_is_missing_is_one_line():
-    for words, line in (
-        ([], "sanitize needs a CUDA device, found none; TRITON_INTERPRET=1"),
-        (["--tool", "memcheck"], "sanitize needs a CUDA device, found none"),
-    ):
-        answer = run_script("sanitize.py", *words, interpreted=False)
-        assert (answer.returncode, answer.stdout.count("\n")) == (2, 1)
-        assert answer.stdout.startswith(line)
+    answer = run_script("sanitize.py", "--tool", "memcheck", interpreted=False)
+    assert (answer.returncode, answer.stdout.count("\n")) == (2, 1)
+    assert answer.stdout.startswith("sanitize needs a CUDA device, found none; TRITON_INTERPRET=1")
     assert "needs compute-sanitizer, found none on PATH" in sanitize.obstacle(
         "memcheck", "cuda", None
     )
@@ -237,8 +233,6 @@ def test_a_task_from_beginning_to_end(tmp_path):
     assert all(row.correct and row.hidden_grad_error > 0 for row in rows)
     assert all(row.p50_ms > 0 for row in rows if row.note != "not timed")
     assert "proposal" in answer.stdout
-    answer = run_script("tune.py", interpreted=False)
-    assert answer.stdout.startswith("tune needs a CUDA device") or torch.cuda.is_available()
 
 
 def test_operations_of_an_update():
