@@ -36,7 +36,8 @@ ONCE = (  # together every kernel
     "select_tokens", "adamw split weights, 8 bits",
 )  # fmt: skip
 REHEARSED = (  # some of the tests at real sizes, at tiny ones; pytest -m gpu there runs them all
-    "sizes0-dtype0-engine0 or 31_weights or million or truth_is or add_up or selection_run or decode_run"
+    "sizes0-dtype0-engine0 or 31_weights or million or truth_is or add_up or selection_run "
+    "or decode_run"
 )
 RACES = """========= COMPUTE-SANITIZER
 ========= Error: Race reported between Write access at forward_kernel+0x70
