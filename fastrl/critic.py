@@ -25,6 +25,7 @@ from fastrl.precision import frozen_dtype, store_weights, trained_dtype
 from fastrl.types import StepMetrics
 from fastrl.value_losses import TRAINING, VALUE_LOSSES, squared_error
 from fastrl_kernels.head import accumulation_dtype
+from fastrl_kernels.shared_rows import select_rows
 
 ADAPTER = "critic"
 """Of a value model on the policy's base."""
@@ -85,7 +86,7 @@ class SharedCritic:
         """See `Critic`."""
         assert hidden_states is not None
         values: Tensor = self.trained(hidden_states)
-        return values[plan.source_index]
+        return select_rows(values, plan.source_index)
 
 
 class AdapterCritic:
@@ -112,7 +113,7 @@ class AdapterCritic:
     def values(self, plan: Plan, hidden_states: Tensor | None) -> Tensor:
         """See `Critic`; takes a pass of its own."""
         values: Tensor = self.head(self.policy.hidden_states(plan))
-        return values[plan.source_index]
+        return select_rows(values, plan.source_index)
 
 
 class ModelCritic:
@@ -145,7 +146,7 @@ class ModelCritic:
         with plan.attach(self.body, source_rows_only=True), self.policy.autocast():
             states = self.body(**plan.inputs).last_hidden_state[0]
         values: Tensor = self.head(states)
-        return values[plan.source_index]
+        return select_rows(values, plan.source_index)
 
 
 class ValueRecord(NamedTuple):

@@ -23,6 +23,7 @@ from fastrl.reference import Reference
 from fastrl.types import Batch
 from fastrl_kernels import LMHead, PolicyLoss, explain, linear_logps, policy_loss
 from fastrl_kernels.objectives import Objective, Parameter
+from fastrl_kernels.shared_rows import select_rows
 
 WORKSPACE_MB = Config.workspace_mb
 """MiB of a loss at the head, where a caller says nothing else."""
@@ -198,7 +199,7 @@ def policy_pass_loss(
     that of the first step on fresh completions.
     """
     return policy_loss(
-        hidden_states[batch.source_index],
+        select_rows(hidden_states, batch.source_index),
         lm_head,
         batch.target_ids,
         batch.advantages,
@@ -218,6 +219,9 @@ def supervised_pass_loss(
 ) -> Tensor:
     """Weighted negative log-likelihood of the target tokens, for hidden_states (N, D)."""
     out = linear_logps(
-        hidden_states[batch.source_index], lm_head, batch.target_ids, workspace_mb=workspace_mb
+        select_rows(hidden_states, batch.source_index),
+        lm_head,
+        batch.target_ids,
+        workspace_mb=workspace_mb,
     )
     return -torch.dot(batch.token_weights, out.logps)

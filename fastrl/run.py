@@ -119,7 +119,7 @@ class Run(RunState):
         # A run that stopped before its first checkpoint starts anew, and so do its logs.
         logged = self.state.step if self.checkpoint is not None else -1
         with (
-            deterministic(self.trainer.policy.device),
+            deterministic(),
             stop_requests() as stop,
             RunLog(self.directory, self.config, step=logged) as log,
             make_progress(self.config) as progress,

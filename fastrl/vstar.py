@@ -21,7 +21,7 @@ def run_vstar(config: Config, *, on_batch: OnBatch | None = None) -> ValueSummar
     """
     limit = limit_of(config)
     trainer = build_trainer(config)
-    with closing(trainer.sampler.scorer), deterministic(trainer.policy.device), limit.kept():
+    with closing(trainer.sampler.scorer), deterministic(), limit.kept():
         values = trainer.sampler.values
         if values is None:
             raise InputError(

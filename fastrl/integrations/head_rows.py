@@ -19,6 +19,7 @@ from fastrl.integrations.padding import PositionsOfPadding
 from fastrl.packing import Plan, pack
 from fastrl.precision import head_in_dtype
 from fastrl_kernels import LinearLogps, LMHead, PolicyLoss, linear_logps, policy_loss
+from fastrl_kernels.shared_rows import select_rows
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,11 @@ def _shared(model: nn.Module, layout: _Layout, shape: tuple[int, int]) -> HeadRo
     with layout.plan.attach(model, source_rows_only=True):
         hidden = body(**layout.plan.inputs).last_hidden_state[0]
     return _at_head(
-        model, hidden[layout.plan.source_index], layout.plan.target_ids, layout.places, shape
+        model,
+        select_rows(hidden, layout.plan.source_index),
+        layout.plan.target_ids,
+        layout.places,
+        shape,
     )
 
 

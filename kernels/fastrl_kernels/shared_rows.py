@@ -70,3 +70,12 @@ class _TakeRows(torch.autograd.Function):
             total[: len(who)] += grad.index_select(0, who)
         grad_x = grad.new_zeros(ctx.shape)
         return grad_x.index_copy_(0, sources, total.to(grad.dtype)), None
+
+
+def select_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], for index (S,) int64 with repetitions; the same gradient on every run.
+
+    On a CPU indexing adds the gradients of a repeated row in the order in which threads come, on a
+    GPU `index_select` does.
+    """
+    return x[index] if x.is_cuda else x.index_select(0, index)
