@@ -34,8 +34,7 @@ class HeadRows:
 
     def table(self, values: Tensor) -> Tensor:
         """(S,) values as a (B, L - 1) table with zeros elsewhere; differentiable."""
-        flat = values.new_zeros(self.shape[0] * self.shape[1])
-        return flat.index_copy(0, self.places, values).view(self.shape)
+        return table_of(values, self.places, self.shape)
 
     def tokens(self, table: Tensor) -> Tensor:
         """The (S,) values of a (B, L - 1) table that belong to trained tokens."""
@@ -53,6 +52,11 @@ class HeadRows:
                 self.hidden_states, self.lm_head, self.target_ids, advantages, token_weights,
                 **settings,
             )  # fmt: skip
+
+
+def table_of(values: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(S,) values at their places in a flattened table, zeros elsewhere; differentiable."""
+    return values.new_zeros(shape[0] * shape[1]).index_copy(0, places, values).view(shape)
 
 
 def head_rows(

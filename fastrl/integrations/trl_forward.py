@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastrl.errors import InputError
-from fastrl.integrations.head_rows import HeadRows, RowMaker
+from fastrl.integrations.head_rows import HeadRows, RowMaker, table_of
 from fastrl.integrations.trl_mean_logits import mean_logits
 from fastrl.integrations.trl_one_pass import OnePass
 
@@ -90,10 +90,7 @@ class FusedForward:
         shape = (labels.shape[0], labels.shape[1] - 1)
 
         def table(values: Tensor | None) -> Tensor | None:
-            if values is None:
-                return None
-            flat = values.new_zeros(shape[0] * shape[1])
-            return flat.index_copy(0, answer.places, values).view(shape)
+            return None if values is None else table_of(values, answer.places, shape)
 
         mask = labels[:, 1:] >= 0
         loss = answer.loss

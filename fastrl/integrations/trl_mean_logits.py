@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels import LMHead
+from fastrl_kernels.batches import sum_of_rows
 from fastrl_kernels.head import accumulation_dtype, weight_rows
 
 MIB = 2**20
@@ -25,29 +26,18 @@ def mean_logits(
     """
     dtype, num_columns = accumulation_dtype(hidden_states.dtype), lm_head.num_columns
     hidden = hidden_states.to(dtype)
-    budget = int(workspace_mb * MIB) // dtype.itemsize
-    total = hidden.new_zeros(hidden.shape[0])
-    width = hidden.shape[0] + hidden.shape[1] if lm_head.softcap else hidden.shape[1]
-    step = max(1, budget // (2 * max(1, width)))
     with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, num_columns, step):
-            columns = slice(start, min(start + step, num_columns))
-            if lm_head.softcap is None:
-                row, shift = _sum_of_rows(lm_head, columns, dtype)
-                total += (hidden @ row + shift) * lm_head.logit_scale
-            else:
+        if lm_head.softcap is None:
+            row, shift = sum_of_rows(lm_head, dtype)
+            total = (hidden @ row + shift) * lm_head.logit_scale
+        else:
+            budget = int(workspace_mb * MIB) // dtype.itemsize
+            step = max(1, budget // (2 * max(1, sum(hidden.shape))))
+            total = hidden.new_zeros(hidden.shape[0])
+            for start in range(0, num_columns, step):
+                columns = slice(start, min(start + step, num_columns))
                 total += _capped_logits(hidden, lm_head, columns).sum(1)
     return total / (num_columns * temperature)
-
-
-def _sum_of_rows(head: LMHead, columns: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
-    """The sum of some columns' logits as a vector (D,) and a shift."""
-    row = weight_rows(head, columns).sum(0, dtype=dtype)
-    if head.lora_a is not None and head.lora_b is not None:
-        low_rank = head.lora_b[columns].sum(0, dtype=dtype)
-        row = row + head.lora_scale * (low_rank @ head.lora_a.to(dtype))
-    shift = 0.0 if head.bias is None else head.bias[columns].sum(dtype=dtype)
-    return row, shift
 
 
 def _capped_logits(hidden: Tensor, head: LMHead, columns: slice) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastrl.integrations.head_rows import HeadRows
 from fastrl_kernels import PolicyLoss
-from fastrl_kernels.grpo_modules import grpo_objective
+from fastrl_kernels.grpo_modules import grpo_objective, grpo_weights
 from fastrl_kernels.objectives import Objective
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -147,20 +147,18 @@ def _num_micro_batches(trainer: Any) -> int:
 
 def _token_weights(trainer: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor:
     """(B, C) weights with which the losses of tokens add up to TRL's loss."""
-    kind, num_batches = trainer.loss_type, _num_micro_batches(trainer)
-    if kind in ("cispo", "dapo"):
+
+    def num_tokens() -> Tensor:
         # TRL counts the tokens of all that was generated at once, on all processes.
         share = trainer.args.steps_per_generation if trainer.model.training else 1
-        num_items = inputs["num_items_in_batch"].clamp(min=1.0)
-        return mask * (share / (num_batches * num_items) * trainer.accelerator.num_processes)
-    if kind == "bnpo":
-        return mask / (mask.sum().clamp(min=1.0) * num_batches)
-    B = mask.shape[0]
-    if kind == "dr_grpo":
-        return mask / (B * trainer.max_completion_length * num_batches)
-    if kind == "luspo":
-        return mask / (B * num_batches)
-    return mask / (mask.sum(-1, keepdim=True).clamp(min=1.0) * (B * num_batches))
+        num_items: Tensor = inputs["num_items_in_batch"].clamp(min=1.0)
+        return num_items / (trainer.accelerator.num_processes * share)
+
+    weights = grpo_weights(
+        trainer.loss_type, mask, max_completion_length=trainer.max_completion_length,
+        num_tokens=num_tokens,
+    )  # fmt: skip
+    return weights / _num_micro_batches(trainer)
 
 
 def _entropy_coefs(trainer: Any, mask: Tensor, weights: Tensor) -> Tensor | None:

@@ -75,20 +75,26 @@ def sums_of_logits(hidden_sums: Tensor, num_rows: Tensor, head: LMHead) -> Tenso
             f"softcap must be None, got a head with {head.softcap}: the mean of its logits, which "
             "this module returns, would need them all; take linear_logps and your own formula"
         )
-    dtype = hidden_sums.dtype
-    weight_sum = torch.zeros_like(hidden_sums[0])
+    row, shift = sum_of_rows(head, hidden_sums.dtype)
+    return ((hidden_sums * row).sum(1) + num_rows * shift) * head.logit_scale
+
+
+@torch.no_grad()
+def sum_of_rows(head: LMHead, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+    """What a hidden state is multiplied by, (D,), and what is added, for the sum of its logits.
+
+    In `dtype`, before logit_scale; of a head without softcap, whose logits are linear.
+    """
+    row = torch.zeros(head.weight.shape[1], dtype=dtype, device=head.weight.device)
     for start in range(0, head.num_columns, COLUMNS):
         stop = min(start + COLUMNS, head.num_columns)
-        weight_sum += weight_rows(head, slice(start, stop)).sum(0, dtype=dtype)
-    totals = (hidden_sums * weight_sum).sum(1)
+        row += weight_rows(head, slice(start, stop)).sum(0, dtype=dtype)
     if head.lora_a is not None and head.lora_b is not None:
         expanded = head.lora_b[: head.num_columns].sum(0, dtype=dtype)
-        with torch.autocast(hidden_sums.device.type, enabled=False):
-            low_rank = hidden_sums @ head.lora_a.to(dtype).T
-        totals = totals + head.lora_scale * (low_rank * expanded).sum(1)
-    if head.bias is not None:
-        totals = totals + num_rows * head.bias[: head.num_columns].sum(dtype=dtype)
-    return totals * head.logit_scale
+        with torch.autocast(row.device.type, enabled=False):
+            row = row + head.lora_scale * (expanded @ head.lora_a.to(dtype))
+    shift = 0.0 if head.bias is None else head.bias[: head.num_columns].sum(dtype=dtype)
+    return row, shift
 
 
 def sums_over_places(_input: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ B completions of T places. One pass over the head where the loss is a sum over t
 sequences matter, log-probabilities first and the logits again in backward.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -153,18 +155,10 @@ class FusedLinearGRPOLoss(nn.Module):
 
     def _weights(self, mask: Tensor, num_items_in_batch: Tensor | float | None) -> Tensor:
         """(B, T) what each token's loss counts."""
-        num_rows = mask.shape[0]
-        lengths = mask.sum(1, keepdim=True).clamp(min=1)
-        if self.loss_type in ("grpo", "sapo"):
-            return mask / lengths / num_rows
-        if self.loss_type == "bnpo":
-            return mask / mask.sum().clamp(min=1)
-        if self.loss_type == "luspo":
-            return mask / num_rows
-        if self.loss_type == "dr_grpo":
-            assert self.max_completion_length is not None
-            return mask / (num_rows * self.max_completion_length)
-        return mask / tokens_of_a_process(mask, num_items_in_batch)
+        return grpo_weights(
+            self.loss_type, mask, max_completion_length=self.max_completion_length,
+            num_tokens=lambda: tokens_of_a_process(mask, num_items_in_batch),
+        )  # fmt: skip
 
     def _rollout_weights(self, ratio: Tensor | None, mask: Tensor) -> Tensor | None:
         """(B, T) or (B, 1): the correction for tokens that another program sampled."""
@@ -225,6 +219,28 @@ class FusedLinearGRPOLoss(nn.Module):
             delta=self.delta, beta=self.beta, use_bias_correction_kl=self.use_bias_correction_kl,
             sapo_temperatures=(self.sapo_temperature_pos, self.sapo_temperature_neg),
         )  # fmt: skip
+
+
+def grpo_weights(
+    loss_type: str, mask: Tensor, *, max_completion_length: int | None,
+    num_tokens: Callable[[], Tensor],
+) -> Tensor:  # fmt: skip
+    """(B, T) weights of token losses, by the names that TRL and Liger give their averages.
+
+    mask: (B, T), 1 for tokens that are trained. max_completion_length: for "dr_grpo" alone.
+    num_tokens: asked where the mean is over more than this batch ("dapo", "cispo", "vespo").
+    """
+    num_rows = mask.shape[0]
+    if loss_type in ("grpo", "sapo"):
+        return mask / (mask.sum(1, keepdim=True).clamp(min=1) * num_rows)
+    if loss_type == "bnpo":
+        return mask / mask.sum().clamp(min=1)
+    if loss_type == "luspo":
+        return mask / num_rows
+    if loss_type == "dr_grpo":
+        assert max_completion_length is not None
+        return mask / (num_rows * max_completion_length)
+    return mask / num_tokens()
 
 
 def grpo_objective(
