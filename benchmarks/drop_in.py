@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import tempfile
 import time
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 from bench_shared_prefix import Case
 from measure import peak_on_cpu
 from torch import Tensor
-from updates import Batch, Plan, batches, save_model
+from updates import Batch, Plan, batches, rollout_of, save_model
 
 from fastrl.integrations.trl import accelerate_trl
 
@@ -144,11 +145,6 @@ def _grpo_trainer(setting: Setting, plan: Plan, directory: str) -> tuple[Any, An
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     (given,) = batches(plan, model.config.vocab_size)
 
-    def rollout(prompts: Any, trainer: Any) -> dict[str, Any]:
-        repeated = [ids for ids in given.prompts for _ in range(case.num_generations)]
-        return {"prompt_ids": repeated, "completion_ids": given.completions, "logprobs": None,
-                "given": given.rewards}  # fmt: skip
-
     settings = _arguments(setting, directory) | {
         # Prompts of one completion each are a group to TRL, for their advantages alone.
         "num_generations": case.num_generations if case.num_generations > 1 else size,
@@ -159,7 +155,8 @@ def _grpo_trainer(setting: Setting, plan: Plan, directory: str) -> tuple[Any, An
         model=model, reward_funcs=lambda given, **_: given,
         args=GRPOConfig(**{**settings, **(setting.arguments or {})}),
         train_dataset=Dataset.from_dict({"prompt": ["1"] * size}),
-        processing_class=AutoTokenizer.from_pretrained(directory), rollout_func=rollout,
+        processing_class=AutoTokenizer.from_pretrained(directory),
+        rollout_func=rollout_of(repeat(given), case.num_generations),
     )  # fmt: skip
     return trainer, [{"prompt": "1"} for _ in range(size)]  # each gets its own reward
 

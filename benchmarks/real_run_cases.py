@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from bench_methods import Setting, make_config
 from bench_shared_prefix import Case, Sizes
 from measure import time_interleaved
 from updates import Plan as Updates
-from updates import batches
+from updates import batches, rollout_of
 
 from fastrl.assembly import build_trainer
 from fastrl.config import Config
@@ -214,12 +213,6 @@ def run_trl(case: Case, directory: Path, device: str, rows_at_once: int) -> Meas
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ended.append(clock(device))
 
-    def rollout(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
-        batch = next(given)
-        repeated = [ids for ids in batch.prompts for _ in range(case.num_generations)]
-        return {"prompt_ids": repeated, "completion_ids": batch.completions,
-                "logprobs": None, "given": batch.rewards}  # fmt: skip
-
     arguments = GRPOConfig(
         output_dir=str(directory / "trl"), use_cpu=device == "cpu", bf16=device == "cuda",
         report_to=[], save_strategy="no", per_device_train_batch_size=num_rows // num_passes,
@@ -233,7 +226,7 @@ def run_trl(case: Case, directory: Path, device: str, rows_at_once: int) -> Meas
         model=model, reward_funcs=lambda given, **_: given, args=arguments,
         train_dataset=Dataset.from_dict({"prompt": ["1"] * case.num_prompts * NUM_STEPS}),
         processing_class=AutoTokenizer.from_pretrained(directory), callbacks=[Clock()],
-        rollout_func=rollout,
+        rollout_func=rollout_of(given, case.num_generations),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,6 +168,21 @@ def _sampled(batch: Batch, num_generations: int) -> Sampled:
     return Sampled(scored, scored, 1, 0)
 
 
+def rollout_of(given: Iterator[Batch], num_generations: int) -> Callable[..., dict[str, Any]]:
+    """A rollout_func of TRL's that samples nothing: each call takes the next batch and its rewards.
+
+    The reward function of such a trainer is `lambda given, **_: given`.
+    """
+
+    def rollout(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
+        batch = next(given)
+        repeated = [ids for ids in batch.prompts for _ in range(num_generations)]
+        return {"prompt_ids": repeated, "completion_ids": batch.completions,
+                "logprobs": None, "given": batch.rewards}  # fmt: skip
+
+    return rollout
+
+
 def run_trl(plan: Plan, overrides: dict[str, Any]) -> Run:
     """TRL's GRPOTrainer. overrides: fields of its GRPOConfig.
 
@@ -215,12 +230,6 @@ def run_trl(plan: Plan, overrides: dict[str, Any]) -> Run:
         given = iter(batches(plan, model.config.vocab_size))
         size = case.num_prompts * case.num_generations
 
-        def rollout(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
-            batch = next(given)
-            repeated = [ids for ids in batch.prompts for _ in range(case.num_generations)]
-            return {"prompt_ids": repeated, "completion_ids": batch.completions,
-                    "logprobs": None, "given": batch.rewards}  # fmt: skip
-
         at_once = 1 if plan.one_by_one else size
         settings = {
             "output_dir": directory, "use_cpu": True, "bf16": False, "report_to": [],
@@ -237,7 +246,7 @@ def run_trl(plan: Plan, overrides: dict[str, Any]) -> Run:
             args=GRPOConfig(**{**settings, **overrides}),
             train_dataset=Dataset.from_dict({"prompt": ["1"] * case.num_prompts * plan.num_steps}),
             processing_class=AutoTokenizer.from_pretrained(directory), callbacks=[Clock()],
-            rollout_func=rollout,
+            rollout_func=rollout_of(given, case.num_generations),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
