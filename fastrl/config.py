@@ -17,10 +17,11 @@ from fastrl.limits import Count, CountOrZero, Fraction, NonNegative, Positive, R
 class DataConfig:
     """Where prompts are held out and how they become text."""
 
-    eval_size: Count = 128
-    """Held-out prompts; no training prompt equals one of them."""
+    eval_size: Count | None = None
+    """Held-out prompts: 128, or all records of eval_path; no training prompt equals one of them."""
     eval_path: str | None = None
-    """JSONL file of held-out records; without it they are split off the training file."""
+    """JSONL file whose first eval_size records are held out; without it they are split off the
+    training file."""
     answer_tag: str | None = None
     """The verifier sees what stands between <TAG> and </TAG>; without it, the whole completion."""
     system_prompt: str | None = None

@@ -24,6 +24,7 @@ from fastrl.methods.axes import AXES
 from fastrl.methods.record import Method
 from fastrl.rollout import Sampling
 from fastrl.sampling_settings import sampling_of
+from fastrl.tasks.jsonl import EVAL_SIZE
 from fastrl.values.kinds import ReferenceRollouts
 from fastrl.values.reference import PROMPTS_PER_BATCH as REFERENCES_PER_BATCH
 
@@ -123,11 +124,11 @@ def _value_calls(config: Config, method: Method) -> Iterator[Call]:
 
 def _held_out(config: Config) -> tuple[int, int]:
     """Prompts of a batch of the evaluation, and samples of each."""
-    num_prompts = config.data.eval_size
-    path = config.data.eval_path
-    if path is not None and Path(path).is_file():
+    num_prompts, path = config.data.eval_size, config.data.eval_path
+    if num_prompts is None and path is not None and Path(path).is_file():
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         num_prompts = sum(bool(line.strip()) for line in lines)
+    num_prompts = EVAL_SIZE if num_prompts is None else num_prompts
     return max(min(num_prompts, PROMPTS_PER_BATCH), 1), config.eval.num_samples
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from fastrl.errors import InputError, nearest
 from fastrl.example import Example
-from fastrl.tasks.jsonl import JsonlTask
+from fastrl.tasks.jsonl import EVAL_SIZE, JsonlTask
 from fastrl.tasks.mixture import MixtureTask, shares_of
 from fastrl.tasks.procedural import ProceduralTask, parameter_defaults
 
@@ -47,7 +47,7 @@ def load_task(
     args: Mapping[str, Any],
     *,
     seed: int,
-    eval_size: int,
+    eval_size: int | None = None,
     eval_path: str | None = None,
     answer_tag: str | None = None,
     system_prompt: str | None = None,
@@ -56,8 +56,9 @@ def load_task(
 
     args: parameters of a reasoning_gym task; of a mixture, `tasks`: a list of tables with `task`,
     and `weight` (1 unless given), task_args, eval_path, answer_tag and system_prompt of its own.
-    seed: >= 0, chooses the examples and their order. eval_size: held-out examples, 0 for none.
-    eval_path: held-out file of a jsonl task, used whole. answer_tag: the verifier sees only the
+    seed: >= 0, chooses the examples and their order. eval_size: held-out examples, 0 for
+    none; None: 128, or all of eval_path. eval_path: file of a jsonl task whose first examples are
+    held out. answer_tag: the verifier sees only the
     text inside the last <tag>...</tag>.
     """
     if spec == MIXTURE:
@@ -73,7 +74,7 @@ def load_task(
         )
     if kind not in KINDS:
         raise InputError(f"unknown kind of task {kind!r} in {spec!r}; {nearest(kind, KINDS)}")
-    if seed < 0 or eval_size < 0:
+    if seed < 0 or (eval_size is not None and eval_size < 0):
         raise InputError(f"seed and eval_size must be >= 0, got {seed} and {eval_size}")
     if kind == "jsonl":
         _refuse_for_jsonl(args, answer_tag)
@@ -89,7 +90,7 @@ def load_task(
         name,
         args,
         seed=seed,
-        eval_size=eval_size,
+        eval_size=EVAL_SIZE if eval_size is None else eval_size,
         answer_tag=answer_tag,
         system_prompt=system_prompt,
     )
@@ -114,7 +115,7 @@ def list_tasks() -> list[TaskSummary]:
 
 
 def _mixture(
-    args: Mapping[str, Any], *, seed: int, eval_size: int, eval_path: str | None,
+    args: Mapping[str, Any], *, seed: int, eval_size: int | None, eval_path: str | None,
     answer_tag: str | None, system_prompt: str | None,
 ) -> MixtureTask:  # fmt: skip
     """The tasks of a mixture; held-out examples are shared out like training prompts."""
@@ -139,13 +140,15 @@ def _mixture(
         if entry["task"] == MIXTURE:
             raise InputError("a mixture cannot be a task of a mixture; list its tasks instead")
     weights = [float(entry.get("weight", 1.0)) for entry in entries]
+    shares = shares_of(EVAL_SIZE if eval_size is None else eval_size, weights)
     parts = [
         load_task(
-            entry["task"], entry.get("task_args", {}), seed=seed, eval_size=size,
+            entry["task"], entry.get("task_args", {}), seed=seed,
+            eval_size=None if eval_size is None and "eval_path" in entry else share,
             eval_path=entry.get("eval_path"), answer_tag=entry.get("answer_tag", answer_tag),
             system_prompt=entry.get("system_prompt", system_prompt),
         )
-        for entry, size in zip(entries, shares_of(eval_size, weights), strict=True)
+        for entry, share in zip(entries, shares, strict=True)
     ]  # fmt: skip
     return MixtureTask(parts, weights)
 

@@ -17,6 +17,8 @@ from fastrl.tasks.prompt import example_key, with_system_prompt
 KINDS = ("prompt", "messages", "turns")
 """What a record asks; it has one of these keys."""
 RESERVED = ("prompts", "completions", "completion_ids")  # what reward functions already receive
+EVAL_SIZE = 128
+"""Held-out prompts where nothing else is asked for."""
 SPLIT, EPOCH = range(2)  # streams of random numbers
 
 
@@ -36,7 +38,7 @@ class JsonlTask:
         path: str,
         *,
         seed: int,
-        eval_size: int,
+        eval_size: int | None,
         eval_path: str | None = None,
         system_prompt: str | None = None,
     ) -> None:
@@ -44,8 +46,9 @@ class JsonlTask:
         self._seed = seed
         examples = read_examples(path, system_prompt)
         if eval_path is not None:
-            held_out = read_examples(eval_path, system_prompt)
+            held_out = _first(eval_size, read_examples(eval_path, system_prompt), eval_path)
         else:
+            eval_size = EVAL_SIZE if eval_size is None else eval_size
             order = np.random.default_rng([seed, SPLIT]).permutation(len(examples)).tolist()
             kept = max(len(examples) - eval_size, 0)
             held_out = [examples[row] for row in order[kept:]]
@@ -67,7 +70,7 @@ class JsonlTask:
         return self._train[self._order(epoch)[row]]
 
     def eval_examples(self) -> list[Example]:
-        """The records of eval_path, or those taken out of the file."""
+        """Records of eval_path, or those taken out of the file."""
         return list(self._eval)
 
     def known_examples(self) -> list[Example]:
@@ -111,6 +114,16 @@ def read_examples(path: str, system_prompt: str | None) -> list[Example]:
     if not examples:
         raise InputError(f"{path} is empty; expected one JSON object a line")
     return examples
+
+
+def _first(size: int | None, examples: list[Example], path: str) -> list[Example]:
+    """As many as asked for, or all."""
+    if size is not None and size > len(examples):
+        raise InputError(
+            f"eval_size={size}, and {path} has {len(examples)} records; lower eval_size, or leave "
+            "it out to use them all"
+        )
+    return examples[:size]
 
 
 def _record(line: str, where: str) -> dict[str, Any]:

@@ -127,17 +127,27 @@ def test_held_out_records_are_not_trained_on(tmp_path):
     assert load(path, eval_size=4).eval_examples() == task.eval_examples()
 
 
-def test_a_held_out_file_is_used_whole_and_removed_from_training(tmp_path):
+def test_a_held_out_file_is_used_and_removed_from_training(tmp_path):
     path = write(tmp_path / "t.jsonl", numbered(6))
     as_chat = {"prompt": [{"role": "user", "content": "question 2"}]}
     eval_path = write(tmp_path / "e.jsonl", [as_chat, {"prompt": "new"}, {"prompt": "question 5"}])
-    task = load(path, eval_size=1, eval_path=eval_path)
+    task = load(path, eval_size=None, eval_path=eval_path)
     assert [example.prompt for example in task.eval_examples()] == [
         as_chat["prompt"],
         "new",
         "question 5",
     ]
     assert set(prompts(task, 0, 40)) == {f"question {i}" for i in (0, 1, 3, 4)}
+    task = load(path, eval_size=2, eval_path=eval_path)
+    assert [example.prompt for example in task.eval_examples()] == [as_chat["prompt"], "new"]
+    assert set(prompts(task, 0, 40)) == {f"question {i}" for i in (0, 1, 3, 4, 5)}
+    with pytest.raises(InputError, match=r"eval_size=4, and .*e.jsonl has 3 records; lower"):
+        load(path, eval_size=4, eval_path=eval_path)
+
+
+def test_without_a_size_as_many_are_held_out_as_by_default(tmp_path):
+    path = write(tmp_path / "t.jsonl", numbered(140))
+    assert len(load(path, eval_size=None).eval_examples()) == 128
 
 
 def test_system_prompt_is_put_in_front(tmp_path):
@@ -238,7 +248,7 @@ def test_bad_splits_and_options(tmp_path):
     with pytest.raises(InputError, match="has 3 records and holding out 3 leaves no other prompt"):
         load(path, eval_size=3)
     with pytest.raises(InputError, match="has 3 records and holding out 3 leaves no other prompt"):
-        load(path, eval_path=path)
+        load(path, eval_size=None, eval_path=path)
     with pytest.raises(InputError, match="a jsonl task takes no task_args, got level"):
         load(path, args={"level": 2})
     with pytest.raises(InputError, match="answer_tag='answer' tells a verifier"):

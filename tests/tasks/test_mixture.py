@@ -69,14 +69,14 @@ def test_prompts_that_another_task_holds_out_are_replaced(tmp_path):
     first = jsonl(tmp_path, [f"q{i}" for i in range(20)], "first")
     (tmp_path / "held.jsonl").write_text('{"prompt": "q3"}\n{"prompt": "q4"}\n')
     second = {"task": first, "eval_path": str(tmp_path / "held.jsonl")}
-    task = mixture({"task": first}, second, eval_size=2)
+    task = mixture({"task": first}, second, eval_size=4)
     seen = {task.train_example(index).prompt for index in range(200)}
     assert not {"q3", "q4"} & seen
     assert not {example.prompt for example in task.eval_examples()} & seen
     only = jsonl(tmp_path, ["q3", "q4"], "only")
-    overlapping = mixture({"task": only}, {**second, "task": first}, eval_size=2)
+    overlapping = mixture({"task": only}, {**second, "task": first, "weight": 9}, eval_size=2)
     with pytest.raises(InputError, match="are held out by other tasks"):
-        [overlapping.train_example(index) for index in range(20)]
+        [overlapping.train_example(index) for index in range(40)]
 
 
 @pytest.mark.parametrize(
@@ -118,3 +118,14 @@ def test_a_run_on_a_mixture_resumes_exactly(tmp_path):
     assert [row["loss"] for row in rows] == [row["loss"] for row in again]
     ours, theirs = weights(tmp_path / "whole"), weights(tmp_path / "parted")
     assert all((theirs[name] == value).all() for name, value in ours.items())
+
+
+def test_without_a_size_held_out_files_are_used_whole(tmp_path):
+    first = jsonl(tmp_path, [f"q{i}" for i in range(140)], "first")
+    second = {
+        "task": first,
+        "eval_path": jsonl(tmp_path, ["a", "b"], "held").removeprefix("jsonl:"),
+    }
+    task = mixture({"task": first}, second, eval_size=None)
+    assert [x.prompt for x in task.eval_examples()][-2:] == ["a", "b"]
+    assert len(task.eval_examples()) == 64 + 2
