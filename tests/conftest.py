@@ -16,3 +16,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(autouse=True)
+def memory_of_the_gpu_is_given_back() -> Iterator[None]:
+    """After each test: several processes have one GPU, and what one keeps no other can have."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

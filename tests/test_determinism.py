@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.utils.deterministic
@@ -45,3 +47,16 @@ def test_whatever_a_run_indexes_has_the_same_bits(two_threads):
     assert all(torch.equal(first, other) for other in others)
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize("configured", [None, ":16:8"])
+def test_products_on_a_gpu_have_the_workspace_that_torch_calls_deterministic(
+    monkeypatch, configured
+):
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.delenv(name, raising=False)
+    if configured is not None:
+        monkeypatch.setenv(name, configured)
+    with deterministic():
+        assert os.environ[name] == (configured or ":4096:8")
+    assert os.environ.get(name) == configured

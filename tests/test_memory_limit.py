@@ -38,6 +38,21 @@ def test_no_limit_changes_nothing():
         assert torch.ones(3).sum() == 3
 
 
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_a_limit_of_a_gpu_is_a_share_of_its_memory(monkeypatch, name):
+    """As far as torch's own checks: a device without a number is the current one."""
+    shares = []
+    monkeypatch.setattr("fastrl.memory.limit.device_bytes", lambda device: 8 * GIB)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch._C, "_cuda_setMemoryFraction", lambda *given: shares.append(given), raising=False
+    )
+    with MemoryLimit(6 * GIB, torch.device(name), outside=2 * GIB).kept():
+        assert shares == [(0.5, 0)]
+    assert shares[1:] == [(1.0, 0)]
+
+
 @linux
 @pytest.mark.parametrize(("given", "found"), [("2GiB", 2 * GIB), ("512 MiB", 512 * MIB)])
 def test_a_limit_is_a_size(given, found):

@@ -88,11 +88,12 @@ class MemoryLimit:
             yield
         elif self.device.type == "cuda":
             share = (self.limit - self.outside) / device_bytes(self.device)
-            torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0), self.device)
+            index = self.device.index  # None for the current one, which torch refuses as "cuda"
+            torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0), index)
             try:
                 yield
             finally:
-                torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+                torch.cuda.set_per_process_memory_fraction(1.0, index)
         else:
             import resource
 

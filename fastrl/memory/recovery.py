@@ -62,6 +62,8 @@ def free_memory(device: torch.device) -> None:
     """Give back what nothing refers to: reference cycles, and the caches of allocators."""
     gc.collect()
     if device.type == "cuda":
+        # Copies on other streams may still write to what an attempt that has failed let go of.
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         return
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc

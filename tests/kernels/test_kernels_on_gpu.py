@@ -321,8 +321,8 @@ def test_segment_attention_by_a_mask() -> None:
 
 
 def test_segment_attention_says_when_it_runs_without_its_kernels() -> None:
-    tensors, segments = attention_inputs(torch.float32, 256)
-    with pytest.warns(UserWarning, match="segment attention runs as flex: the kernels take"):
+    tensors, segments = attention_inputs(torch.float32, 264)
+    with pytest.warns(UserWarning, match="segment attention runs as sdpa: the kernels take"):
         segment_attention(*tensors, segments)
 
 
