@@ -15,6 +15,11 @@ from torch import Tensor
 from fastrl_kernels.head import LMHead, accumulation_dtype, weight_rows
 from fastrl_kernels.products import HALF, add_product, product, write_product
 
+BLOCK = 256
+"""Columns that the largest logit is looked for in, one after the other."""
+LOWEST = -1000.0
+"""exp of it is 0 in every dtype, and so is 0 times it."""
+
 
 class Inputs(NamedTuple):
     """What the head is applied to; S rows in all."""
@@ -62,7 +67,6 @@ class Softmax(NamedTuple):
     lse: Tensor
     residuals: Tensor  # what rounding took from lse: it is as large as the logits, log p is not
     target_logits: Tensor  # over temperature
-    argmax_ids: Tensor | None
 
 
 def worthwhile_rows(mask: Tensor) -> Tensor:
@@ -148,35 +152,77 @@ def fill_logits(
         write_logits(logits[:, part], chunk, inputs.head, part, adapted, padded=padded)
 
 
-def softmax_(logits: Tensor, target_ids: Tensor, *, wants_argmax: bool) -> Softmax:
+def softmax_(logits: Tensor, target_ids: Tensor) -> Softmax:
     """Make (R, V) logits over temperature probabilities in place."""
-    target_logits = logits.gather(1, target_ids)
-    row_max = logits.amax(1, keepdim=True)
-    argmax_ids = logits.argmax(1, keepdim=True) if wants_argmax else None
+    target_logits, row_max = logits.gather(1, target_ids), logits.amax(1, keepdim=True)
     torch.softmax(logits, 1, out=logits)
     # The largest probability is exp(max - max) over the normaliser.
-    log_normaliser = logits.amax(1, keepdim=True).log_().neg_()
-    logps = (target_logits - row_max) - log_normaliser
-    lse = row_max + log_normaliser
-    return Softmax(logps, lse, (row_max - lse) + log_normaliser, target_logits, argmax_ids)
+    log_sum = logits.amax(1, keepdim=True).log_().neg_()
+    return _softmax(target_logits, row_max, log_sum)
 
 
-def entropy(probs: Tensor, columns: int) -> Tensor:
-    """(R,) entropies of (R, V) probabilities, a slice of columns at a time."""
-    total = probs.new_zeros(probs.shape[0])
-    for part in column_slices(probs.shape[1], columns):
-        total += torch.special.entr(probs[:, part]).sum(1)
-    return total
+def softmax_with_entropy_(
+    logits: Tensor, target_ids: Tensor, columns: int
+) -> tuple[Softmax, Tensor]:
+    """The same, and entropies (R,), through each slice of columns while it is in the caches."""
+    target_logits, row_max = logits.gather(1, target_ids), logits.amax(1, keepdim=True)
+    total, total_x = logits.new_zeros(2, logits.shape[0], 1)
+    for part in column_slices(logits.shape[1], columns):
+        x = _below_largest(logits[:, part], row_max)
+        e = torch.exp(x, out=logits[:, part])
+        total += e.sum(1, keepdim=True)
+        total_x += x.mul_(e).sum(1, keepdim=True)
+    logits.mul_(total.reciprocal())
+    log_sum = total.log()
+    return _softmax(target_logits, row_max, log_sum), (log_sum - total_x / total)[:, 0]
 
 
-def power_sums(probs: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """(R,) sums of the squared and the cubed probabilities."""
-    sum_p2, sum_p3 = probs.new_zeros(2, probs.shape[0])
-    for part in column_slices(probs.shape[1], columns):
-        powers = probs[:, part].square()
-        sum_p2 += powers.sum(1)
-        sum_p3 += powers.mul_(probs[:, part]).sum(1)
-    return sum_p2, sum_p3
+def statistics_(logits: Tensor, target_ids: Tensor, columns: int) -> Statistics:
+    """All there is to know of (R, V) logits over temperature, (R,) each; they are lost."""
+    target_logits, (row_max, argmax_ids) = logits.gather(1, target_ids), largest(logits)
+    total, total_x, total_e2, total_e3 = logits.new_zeros(4, logits.shape[0], 1)
+    for part in column_slices(logits.shape[1], columns):
+        x = _below_largest(logits[:, part], row_max)
+        e = torch.exp(x, out=logits[:, part])
+        total += e.sum(1, keepdim=True)
+        total_x += x.mul_(e).sum(1, keepdim=True)
+        total_e2 += torch.mul(e, e, out=x).sum(1, keepdim=True)
+        total_e3 += x.mul_(e).sum(1, keepdim=True)
+    log_sum = total.log()
+    softmax = _softmax(target_logits, row_max, log_sum)
+    found = (
+        softmax.logps, log_sum - total_x / total, softmax.lse, total_e2 / total**2,
+        total_e3 / total**3, argmax_ids, softmax.residuals,
+    )  # fmt: skip
+    return Statistics._make(column[:, 0] for column in found)
+
+
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, 1) largest of (R, V) logits and the first column that has it.
+
+    Maxima of blocks come from vector instructions, which a search of the column does without.
+    """
+    num_columns = logits.shape[1]
+    whole = num_columns - num_columns % BLOCK
+    tops = logits[:, :whole].unflatten(1, (-1, BLOCK)).amax(2)
+    if whole < num_columns:
+        tops = torch.cat([tops, logits[:, whole:].amax(1, keepdim=True)], 1)
+    places = tops.argmax(1, keepdim=True) * BLOCK + torch.arange(BLOCK, device=logits.device)
+    places.clamp_(max=num_columns - 1)
+    inner = logits.gather(1, places).argmax(1, keepdim=True)
+    return tops.amax(1, keepdim=True), places.gather(1, inner)
+
+
+def _below_largest(logits: Tensor, row_max: Tensor) -> Tensor:
+    """Logits less the largest of their row, as a copy; finite where a logit is -inf."""
+    return logits.sub(row_max).clamp_min_(LOWEST)
+
+
+def _softmax(target_logits: Tensor, row_max: Tensor, log_sum: Tensor) -> Softmax:
+    """From the sum of exp(logit - row_max)."""
+    lse = row_max + log_sum
+    logps = (target_logits - row_max) - log_sum
+    return Softmax(logps, lse, (row_max - lse) + log_sum, target_logits)
 
 
 class Slopes(NamedTuple):

@@ -7,13 +7,11 @@ from fastrl_kernels.chunks import (
     Inputs,
     Statistics,
     empty_statistics,
-    entropy,
     fill_logits,
     gather,
     logits_buffer,
-    power_sums,
-    softmax_,
     split,
+    statistics_,
     worthwhile_rows,
 )
 from fastrl_kernels.plan import MIB, make_plan, shape_of
@@ -30,10 +28,8 @@ def forward(inputs: Inputs, *, workspace_mb: float, batch_invariant: bool) -> St
         chunk = gather(inputs, ids, num_rows)
         logits = buffer[: ids.shape[0]]
         fill_logits(logits, chunk, inputs, plan.columns, padded=batch_invariant)
-        stats = softmax_(logits, chunk.target_ids, wants_argmax=True)
-        sums = (entropy(logits, plan.columns), *power_sums(logits, plan.columns))
-        values = (stats.logps, sums[0], stats.lse, sums[1], sums[2], stats.argmax_ids)
-        for column, value in zip(out, (*values, stats.residuals), strict=True):
-            value = value.flatten().masked_fill_(chunk.ignored, 0)  # type: ignore[union-attr]
-            column[ids[:num_rows]] = value[:num_rows]
+        for column, value in zip(
+            out, statistics_(logits, chunk.target_ids, plan.columns), strict=True
+        ):
+            column[ids[:num_rows]] = value.masked_fill(chunk.ignored, 0)[:num_rows]
     return out

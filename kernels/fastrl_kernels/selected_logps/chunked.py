@@ -12,10 +12,9 @@ from fastrl_kernels.chunks import (
     Slopes,
     Statistics,
     empty_statistics,
-    entropy,
     logit_gradients_,
-    power_sums,
     softmax_,
+    statistics_,
     target_gradients,
 )
 from fastrl_kernels.head import accumulation_dtype
@@ -30,11 +29,9 @@ def forward(logits: Tensor, target_ids: Tensor, temperatures: Tensor) -> Statist
     for rows, probs in _chunks(logits):
         targets, ignored = target_ids[rows], target_ids[rows] < 0
         _load(probs, logits[rows], temperatures[rows], ignored)
-        stats = softmax_(probs, targets.clamp(min=0)[:, None], wants_argmax=True)
-        sum_p2, sum_p3 = power_sums(probs, COLUMNS)
-        found = (stats.logps, entropy(probs, COLUMNS), stats.lse, sum_p2, sum_p3, stats.argmax_ids)
-        for column, value in zip(out, (*found, stats.residuals), strict=True):
-            column[rows] = value.flatten().masked_fill(ignored, 0)  # type: ignore[union-attr]
+        found = statistics_(probs, targets.clamp(min=0)[:, None], COLUMNS)
+        for column, value in zip(out, found, strict=True):
+            column[rows] = value.masked_fill(ignored, 0)
     return out
 
 
@@ -55,7 +52,7 @@ def backward(
         slopes = Slopes(slope, entropy_slope, entropies[rows][:, None], lse[rows][:, None])
         temperature = temperatures[rows][:, None]
         at_target = target_gradients(probs.gather(1, target), temperature, slope)
-        softmax_(probs, target, wants_argmax=False)
+        softmax_(probs, target)
         logit_gradients_(probs, temperature, slopes)
         # One write a row; scatter_add_ would give up a fixed order of summation on a GPU.
         probs.scatter_(1, target, probs.gather(1, target) + at_target)
@@ -75,4 +72,5 @@ def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def _load(out: Tensor, logits: Tensor, temperatures: Tensor, ignored: Tensor) -> None:
     """Logits over temperature; zero on ignored rows, which may hold anything."""
     torch.div(logits, temperatures[:, None], out=out)
-    out.masked_fill_(ignored[:, None], 0)
+    if out.is_cuda or ignored.any():  # a GPU would have to be waited for
+        out.masked_fill_(ignored[:, None], 0)
