@@ -154,7 +154,7 @@ def test_every_test_that_needs_a_gpu_is_in_the_list():
     assert {"tests/test_hybrids.py", "tests/test_reference.py"} < set(found)
     assert len(set(found)) == len(found)
     assert "tests/test_gpu_preparation.py" not in found
-    assert gpu_tests.command(1, ["-k", "some"])[-len(found) - 2 :] == ["-k", "some", *found]
+    assert gpu_tests.command(["-k", "some"], found)[-len(found) - 2 :] == ["-k", "some", *found]
 
 
 TILE = "fastrl_kernels.segment_attention.launch:HALF_TILINGS.128.key_gradients"
