@@ -85,7 +85,7 @@ def _(hidden_states: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *values,
         hidden_states.new_empty(num_tokens, dtype=torch.bool),
         grads[0].float() if grads[0].dtype == torch.float16 else grads[0],
-        *(grad.to(dtype) if grad.numel() else grad for grad in grads[1:]),
+        *(grad.to(dtype) for grad in grads[1:]),
     )
 
 

@@ -151,6 +151,7 @@ def _launch(
         "num_warps": NUM_WARPS,
     }  # fmt: skip
     grid = (num_sequences, num_programs)
+    mask = None if mask is None else mask.contiguous()
     shared = (scores.contiguous(), mask, bounds, share, counts, state)
     for level in range(NUM_PASSES):
         count_digits_kernel[grid](*shared, most, level, **settings)

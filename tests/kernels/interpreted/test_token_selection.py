@@ -33,6 +33,13 @@ def test_the_largest_scores_are_kept_and_of_ties_the_first(kind: str, num_tokens
     assert kept(scores, ratio=0.7) == brute_force(scores, ratio=0.7)
 
 
+def test_scores_and_mask_that_are_columns_of_something_else() -> None:
+    scores, mask = make_scores("ties", 123, torch.float32), make_mask(123)
+    columns = torch.stack([-scores, scores], 1)[:, 1], torch.stack([~mask, mask], 1)[:, 1]
+    assert not any(x.is_contiguous() for x in columns)
+    assert kept(*columns, ratio=0.3) == brute_force(scores, mask, ratio=0.3)
+
+
 @pytest.mark.parametrize("num_tokens", [SEVERAL_PROGRAMS, ALL_PROGRAMS])
 @pytest.mark.parametrize("kind", ["normal", "ties", "infinities"])
 def test_several_programs_share_a_sequence(kind: str, num_tokens: int) -> None:
