@@ -152,19 +152,8 @@ def fill_logits(
         write_logits(logits[:, part], chunk, inputs.head, part, adapted, padded=padded)
 
 
-def softmax_(logits: Tensor, target_ids: Tensor) -> Softmax:
-    """Make (R, V) logits over temperature probabilities in place."""
-    target_logits, row_max = logits.gather(1, target_ids), logits.amax(1, keepdim=True)
-    torch.softmax(logits, 1, out=logits)
-    # The largest probability is exp(max - max) over the normaliser.
-    log_sum = logits.amax(1, keepdim=True).log_().neg_()
-    return _softmax(target_logits, row_max, log_sum)
-
-
-def softmax_with_entropy_(
-    logits: Tensor, target_ids: Tensor, columns: int
-) -> tuple[Softmax, Tensor]:
-    """The same, and entropies (R,), through each slice of columns while it is in the caches."""
+def softmax_(logits: Tensor, target_ids: Tensor, columns: int) -> tuple[Softmax, Tensor]:
+    """Make (R, V) logits over temperature probabilities in place; with their entropies (R,)."""
     target_logits, row_max = logits.gather(1, target_ids), logits.amax(1, keepdim=True)
     total, total_x = logits.new_zeros(2, logits.shape[0], 1)
     for part in column_slices(logits.shape[1], columns):
@@ -235,18 +224,18 @@ class Slopes(NamedTuple):
 
 
 def logit_gradients_(
-    probs: Tensor, temperatures: Tensor, slopes: Slopes, *, logit_scale: float = 1.0,
-    softcap: float | None = None,
+    probs: Tensor, temperatures: Tensor, slopes: Slopes, log_probs: Tensor | None = None, *,
+    logit_scale: float = 1.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
     """Make a slice of probabilities the gradient of the same logits, before scale and softcap.
 
     Without the part of the target:
         -p (slope_logp + slope_entropy (log p + entropy)) / temperature
+    log_probs: where they are known already, and finite; they are lost.
     """
     scale = logit_scale / temperatures
     factor = None
-    log_probs = None
-    if slopes.entropy is not None or softcap is not None:
+    if log_probs is None and (slopes.entropy is not None or softcap is not None):
         log_probs = probs.clamp_min(torch.finfo(probs.dtype).tiny).log_()
     if softcap is not None and log_probs is not None:
         factor = softcap_slope_(log_probs.add(slopes.lse).mul_(temperatures), softcap)

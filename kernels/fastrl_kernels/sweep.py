@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels.chunks import (
+    LOWEST,
     Chunk,
     Inputs,
     Slopes,
@@ -178,9 +179,10 @@ def _make_gradients_(
     # The target's own log-probability is exact where p is nearly 1 and the gradient nearly 0.
     logps = torch.where(inside, slopes.logp_values[chunk.row_ids][:, None], tile.gather(1, local))
     tile.scatter_(1, local, logps)
-    tile.exp_()
     constants: dict[str, Any] = {"logit_scale": head.logit_scale, "softcap": head.softcap}
-    logit_gradients_(tile, chunk.temperatures, part, **constants)
+    needs_log = part.entropy is not None or head.softcap is not None
+    log_probs = tile.clamp_min(LOWEST) if needs_log else None
+    logit_gradients_(tile.exp_(), chunk.temperatures, part, log_probs, **constants)
     at_target = target_gradients(target_logits, chunk.temperatures, part.logp, **constants)
     # One write a row; scatter_add_ would give up a fixed order of summation on a GPU.
     tile.scatter_(1, local, tile.gather(1, local) + at_target.masked_fill_(~inside, 0))

@@ -19,7 +19,7 @@ from fastrl_kernels.chunks import (
     logit_gradients_,
     logits_buffer,
     low_rank,
-    softmax_with_entropy_,
+    softmax_,
     split,
     target_gradients,
     worthwhile_rows,
@@ -88,7 +88,7 @@ def one_pass(
         chunk.hidden_states.masked_fill_(chunk.ignored[:, None], 0)
         probs = buffer[: ids.shape[0]]
         fill_logits(probs, chunk, inputs, plan.columns, padded=batch_invariant)
-        softmax, entropies = softmax_with_entropy_(probs, chunk.target_ids, plan.columns)
+        softmax, entropies = softmax_(probs, chunk.target_ids, plan.columns)
         coefficient = rows_of(entropy_coef, ids, num_tokens)
         losses = _losses(
             chunk, softmax, entropies, tokens, objective.rows(ids, num_tokens), coefficient

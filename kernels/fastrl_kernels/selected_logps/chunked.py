@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels.chunks import (
+    LOWEST,
     Slopes,
     Statistics,
+    column_slices,
     empty_statistics,
     logit_gradients_,
-    softmax_,
     statistics_,
     target_gradients,
 )
@@ -50,13 +51,15 @@ def backward(
         if entropy_slopes is not None:
             entropy_slope = entropy_slopes[rows].masked_fill(ignored, 0)[:, None]
         slopes = Slopes(slope, entropy_slope, entropies[rows][:, None], lse[rows][:, None])
-        temperature = temperatures[rows][:, None]
+        temperature, residual = temperatures[rows][:, None], residuals[rows][:, None]
         at_target = target_gradients(probs.gather(1, target), temperature, slope)
-        softmax_(probs, target)
-        logit_gradients_(probs, temperature, slopes)
+        for columns in column_slices(probs.shape[1], COLUMNS):
+            part = probs[:, columns].sub_(slopes.lse).sub_(residual)
+            log_probs = None if entropy_slope is None else part.clamp_min(LOWEST)
+            logit_gradients_(part.exp_(), temperature, slopes, log_probs)
         # One write a row; scatter_add_ would give up a fixed order of summation on a GPU.
         probs.scatter_(1, target, probs.gather(1, target) + at_target)
-        out[rows] = probs.to(out.dtype)
+        out[rows] = probs
 
 
 def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
