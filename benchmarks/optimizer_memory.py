@@ -15,22 +15,16 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from fastrl.config import OptimConfig
 from fastrl.optim import Stepper, make_optimizer, parameter_groups
+from fastrl.process_memory import counted_bytes, forget_peak
 
 WIDTH, NUM_LAYERS, NUM_ROWS = 1024, 16, 8
 M_MMAP_THRESHOLD = -3  # from malloc.h
-
-
-def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def new_stepper(model: nn.Module, precision: str, optimizer: str, in_backward: str) -> Stepper:
@@ -84,16 +78,18 @@ def measured(precision: str, optimizer: str, in_backward: str, device: str) -> d
     small = new_model(precision, device, 1)  # libraries load
     train(new_stepper(small, precision, optimizer, in_backward), small, 2)
     del small
-    before = resident("VmRSS") if device == "cpu" else torch.cuda.memory_allocated()
+    before = counted_bytes("VmRSS") if device == "cpu" else torch.cuda.memory_allocated()
     model = new_model(precision, device, NUM_LAYERS)
     stepper = new_stepper(model, precision, optimizer, in_backward)
     train(stepper, model, 2)
     if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
+        forget_peak()
     else:
         torch.cuda.reset_peak_memory_stats()
     train(stepper, model, 2)
-    peak = (resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()) - before
+    peak = (
+        counted_bytes("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
+    ) - before
     count = sum(p.numel() for p in model.parameters())
     return {
         "precision": precision, "optimizer": optimizer, "in_backward": in_backward,

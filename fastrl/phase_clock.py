@@ -5,14 +5,13 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
+from fastrl.process_memory import IS_COUNTED, counted_bytes, forget_peak
 from fastrl.types import StepMetrics
 
 GIB = 2**30
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
 
 
 class PeakMemory:
@@ -24,7 +23,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.has_phases = device.type == "cuda" or RESET.exists()
+        self.has_phases = device.type == "cuda" or IS_COUNTED
         self.planned: Mapping[str, int] = {}
         """Bytes that phases are expected to take, by their names."""
         self.planned_highest: int | None = None
@@ -43,7 +42,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.has_phases:
-            RESET.write_text("5", encoding="ascii")
+            forget_peak()
         return mark
 
     def restart(self) -> None:
@@ -55,9 +54,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         if self.has_phases:
-            for line in STATUS.read_text(encoding="ascii").splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
+            return counted_bytes("VmHWM")
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastrl.process_memory import IS_COUNTED, counted_bytes, forget_peak
+
 Step = Callable[[], object]
 
 MAX_ROUNDS = 30
@@ -99,16 +101,15 @@ def reset_high_water_mark() -> int:
     """Set the mark back to what is resident, in bytes, after all that is unused was given back."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    forget_peak()
     return high_water_mark()
 
 
 def high_water_mark() -> int:
     """Most bytes that were resident since the mark was set back."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("expected VmHWM in /proc/self/status; memory on CPU is measured on Linux")
+    if not IS_COUNTED:
+        raise RuntimeError("memory on a CPU is measured on Linux, which this is not")
+    return counted_bytes("VmHWM")
 
 
 def available_bytes(device: torch.device) -> int:

@@ -23,8 +23,8 @@ from fastrl.memory.cards import memory_of
 from fastrl.memory.plan import GIB
 from fastrl.memory.recovery import free_memory
 from fastrl.policy import resolve_device
+from fastrl.process_memory import IS_COUNTED, counted_bytes
 
-STATUS = Path("/proc/self/status")  # Linux
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 PRIMING = 1 << 20
 """Elements of a sum that all threads take part in."""
@@ -49,7 +49,7 @@ def check_size(limit: int, given: str, device: torch.device) -> None:
             f"memory_limit {given!r} is {limit / GIB:.4g} GiB, but {what} has {there / GIB:.4g} "
             "GiB; lower it, or remove it"
         )
-    if device.type == "cpu" and not STATUS.exists():
+    if device.type == "cpu" and not IS_COUNTED:
         raise InputError(
             f"memory_limit on a CPU is kept by Linux, which {sys.platform} is not; remove it"
         )
@@ -57,7 +57,7 @@ def check_size(limit: int, given: str, device: torch.device) -> None:
 
 def resident_bytes() -> int:
     """Memory of this process that is in use; 0 where only Linux would know."""
-    return _status("VmRSS")
+    return counted_bytes("VmRSS")
 
 
 def limit_of(config: Config) -> MemoryLimit:
@@ -124,19 +124,14 @@ def _mappable(limit: int, device: torch.device) -> int:
         )
     # What is mapped may all become resident, but for the threads' stacks; files are beside it.
     stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
-    return limit - (resident - _status("RssAnon")) + max(stack, 0) * (torch.get_num_threads() - 1)
+    return (
+        limit
+        - (resident - counted_bytes("RssAnon"))
+        + max(stack, 0) * (torch.get_num_threads() - 1)
+    )
 
 
 def _set_mapped(limits: tuple[int, int]) -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_DATA, limits)
-
-
-def _status(name: str) -> int:
-    if not STATUS.exists():
-        return 0
-    for line in STATUS.read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    return 0
