@@ -33,15 +33,16 @@ NUM_MATRICES = 16
 
 def new_parameters(width: int, precision: str, device: str) -> nn.Module:
     """Matrices with gradients, the same for each precision up to its rounding."""
-    generator = torch.Generator().manual_seed(0)
+    # Where they stay: a CPU would take longer for them than the whole case may.
+    generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if precision in HALF else torch.float32
     layers = nn.ModuleList()
     for _ in range(NUM_MATRICES):
         layer = nn.Linear(width, width, bias=False, dtype=dtype, device=device)
-        values = torch.randn(2, width, width, generator=generator).bfloat16()
+        values = torch.randn(2, width, width, generator=generator, device=device).bfloat16()
         with torch.no_grad():
             layer.weight.copy_(values[0])
-        layer.weight.grad = values[1].to(device, dtype)
+        layer.weight.grad = values[1].to(dtype)
         layers.append(layer)
     return layers
 

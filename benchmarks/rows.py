@@ -197,8 +197,10 @@ def _driver() -> str:
 
 
 def _commit() -> str:
-    """Short hash, with "-dirty" where tracked files differ; "unknown" outside a repository."""
+    """Short hash, with "-dirty" where tracked files differ; "unknown" where git cannot tell."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    if shutil.which(command[0]) is None:
+        return "unknown"
     answer = subprocess.run(
         command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )

@@ -178,7 +178,8 @@ def build_model(shape: Update) -> Any:
         tie_word_embeddings=True, max_position_embeddings=8 * (shape.prompt + shape.completion),
     )  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    with torch.device(shape.device):  # a CPU takes seconds for the weights of each of the models
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     return model.to(shape.device, shape.dtype).train()
 
 
