@@ -125,7 +125,8 @@ def write_logits(
     """out (R, columns) = the logits over temperature, after scale and softcap."""
     write_product(out, chunk.hidden_states, weight_rows(head, columns).T, padded=padded)
     if low_rank is not None and head.lora_b is not None:
-        adapter = head.lora_b[columns].T
+        # As wide as its other half, which a product on a GPU would round to this one's dtype.
+        adapter = head.lora_b[columns].to(low_rank.dtype).T
         add_product(out, low_rank, adapter, scale=head.lora_scale, padded=padded)
     if head.bias is not None:
         out.add_(head.bias[columns])

@@ -211,6 +211,8 @@ def add_head_gradients(
     if hidden_sum is not None or sums.lora_a.numel():
         adapted_grad = product(tile, head.lora_b[columns], padded=padded).mul_(head.lora_scale)
         if hidden_sum is not None:
-            add_product(hidden_sum, adapted_grad, head.lora_a, padded=padded)
+            lora_a = head.lora_a.to(adapted_grad.dtype)
+            add_product(hidden_sum, adapted_grad, lora_a, padded=padded)
         if sums.lora_a.numel():
+            hidden = hidden.to(adapted_grad.dtype)
             add_product(sums.lora_a, adapted_grad.T, hidden, padded=padded)

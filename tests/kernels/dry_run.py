@@ -54,7 +54,6 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]
     build: str
     """What Triton builds the kernel for."""
-    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,8 @@ class Run:
         self.launches: list[Launch] = []
         self.devices: list[torch.device] = []  # entered and not left
         self.compiler = compiler
-        self.peak_bytes = 0
+        self.peak_bytes = 0  # of what operators allocate
+        self.rounded: list[tuple[int, ...]] = []  # shapes of what they took from float32 to half
         self.calls: list[tuple[Any, tuple[Any, ...], Any]] = []  # of operators
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
@@ -106,8 +106,7 @@ class Run:
         kwargs = {**pointers[1], "debug": False, "instrumentation_mode": ""}
         bound, specialization, _ = binder(*pointers[0], **kwargs)
         build = f"{kernel.__name__} {specialization}"
-        arguments = dict(zip(bound, (*args, *list(bound.values())[len(args) :]), strict=True))
-        self.launches.append(Launch(kernel.__name__, sizes, build, arguments))
+        self.launches.append(Launch(kernel.__name__, sizes, build))
         if self.compiler is not None and build not in _COMPILED:
             _COMPILED.add(build)
             options, signature, constants, attributes = kernel._pack_args(
@@ -133,12 +132,12 @@ class Run:
                     pair = _described(value)[:3], _described(given)[:3]
                     assert pair[0] == pair[1], f"{operator}: a gradient, and its tensor, {pair}"
 
-    def allocate(self, out: Any) -> None:
+    def allocate(self, given: list[Tensor], out: list[Tensor]) -> None:
         """Note the memory of new tensors, and that of tensors that are gone."""
-        for tensor in _tensors((out,)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._storages:
-                self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        for tensors, is_new in ((given, False), (out, True)):
+            for storage in (tensor.untyped_storage() for tensor in tensors):
+                entry = StorageWeakRef(storage), is_new * storage.nbytes()
+                self._storages.setdefault(storage._cdata, entry)
         self._storages = {key: x for key, x in self._storages.items() if not x[0].expired()}
         self.peak_bytes = max(self.peak_bytes, sum(x[1] for x in self._storages.values()))
 
@@ -213,10 +212,11 @@ def _check_strides(kernel: str, tensor: Tensor, numbers: set[int]) -> None:
 _OF_NUMBERS = (
     torch.ops.aten.lift_fresh.default, torch.ops.aten.fill_.Tensor, torch.ops.prim.device.default,
 )  # fmt: skip
+_CASTS = (torch.ops.aten.to, torch.ops.aten._to_copy)
 
 
-class _Watch(TorchDispatchMode):
-    """Of what an operator does in PyTorch: memory, and copies between devices."""
+class Watch(TorchDispatchMode):
+    """Of what is done in PyTorch: memory, and copies between devices and dtypes."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -230,8 +230,10 @@ class _Watch(TorchDispatchMode):
         devices = {x.device for x in (*given, *_tensors((out,)))}
         if func in _OF_NUMBERS:
             return out
+        if func.overloadpacket in _CASTS and given[0].dtype == torch.float32 != out.dtype:
+            self.run.rounded.append(tuple(out.shape))
         assert devices <= {DEVICE}, f"{func} goes from one device to another: {devices}"
-        self.run.allocate(out)
+        self.run.allocate(given, _tensors((out,)))
         return out
 
 
@@ -239,7 +241,7 @@ def _body(operator: Any, declared: Any, run: Run) -> Callable[..., Any]:
     """The operator's own code in place of what it declares to return, and compared with that."""
 
     def call(*args: Any) -> Any:
-        with _Watch(run):
+        with Watch(run):
             out = operator._init_fn(*args)
         run.calls.append((operator, args, out))
         if declared is not None:

@@ -28,7 +28,7 @@ from fastrl_kernels.adamw import Moments, Rates, adamw_step
 from fastrl_kernels.head_logits import head_logits
 from fastrl_kernels.nf4 import NF4Weight
 from fastrl_kernels.objectives import Objective, Regulariser, clipped_ratio, k3
-from tests.kernels.dry_run import DEVICE, Run, dry_run
+from tests.kernels.dry_run import DEVICE, Run, Watch, dry_run
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves"),
@@ -37,6 +37,7 @@ pytestmark = [
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QWEN, GEMMA = (16384, 151936, 4096), (16384, 262208, 2560)  # S, V, D; S V is beyond 2^31
 SMALL = (1031, 5003, 200)
+RANK = 24  # of adapters
 OBJECTIVE = Objective(clipped_ratio, (0.2, 0.28), (Regulariser(k3, 0.04),))
 GATHER, CUBLAS, MIN_MEMORY = ("one_pass", "gather"), ("one_pass", "cublas"), ("min_memory", "auto")
 
@@ -60,8 +61,9 @@ def make_head(vocab_size: int, width: int, dtype: torch.dtype, what: str = "") -
         weight = NF4Weight(packed, blocks, empty(16), 64, vocab_size, width, dtype)
         head = head._replace(weight=weight)
     if "lora" in what:
-        halves = empty(24, width, dtype=dtype, trains=True), empty(vocab_size, 24, dtype=dtype)
-        head = head._replace(lora_a=halves[0], lora_b=halves[1].requires_grad_(), lora_scale=2.0)
+        lora_a = empty(RANK, width, dtype=dtype, trains=True)
+        lora_b = empty(vocab_size, RANK, dtype=dtype, trains=True)
+        head = head._replace(lora_a=lora_a, lora_b=lora_b, lora_scale=2.0)
     if "bias" in what:
         head = head._replace(bias=empty(vocab_size, dtype=dtype, trains=True))
     if "softcap" in what:
@@ -111,6 +113,21 @@ def test_policy_loss_of_every_head(run, engine, what, dtype):
     call_policy_loss(SMALL, dtype, engine, what, entropy_coef=0.01, workspace_mb=512)
     run.backward()
     assert run.launches
+    # What an adapter's first half gives is summed up in float32, and goes into the second as it is.
+    assert all(RANK not in shape for shape in run.rounded)
+
+
+@pytest.mark.parametrize("engine", [GATHER, CUBLAS, MIN_MEMORY])
+@pytest.mark.parametrize("what", ["", "lora bias"])
+def test_memory_stays_inside_the_workspace(run, engine, what):
+    """Gradients apart; as tests/kernels/test_kernels_on_gpu.py measures it."""
+    sizes = num_tokens, vocab_size, width = 4096, 65536, 1024
+    call_policy_loss(sizes, BF16, engine, what, workspace_mb=1024)
+    run.backward()
+    gradients = (num_tokens + vocab_size) * width
+    if what:
+        gradients += vocab_size + RANK * (vocab_size + width)
+    assert run.peak_bytes <= 2**30 + 2 * gradients + 64 * num_tokens
 
 
 @pytest.mark.parametrize("engine", [GATHER, MIN_MEMORY])
@@ -219,6 +236,8 @@ def test_adamw(run, count, in_8bit):
 def test_logits_of_a_decoding_step(run):
     """No kernel of this library: products alone, which fit together."""
     head = make_head(151936, 2048, BF16, "lora bias softcap")
-    logits = head_logits(empty(64, 2048, dtype=BF16), head, temperature=0.7)
+    with Watch(run):
+        logits = head_logits(empty(64, 2048, dtype=BF16), head, temperature=0.7)
+    assert run.rounded == []
     assert (logits.shape, logits.dtype) == ((64, 151936 - 3), FP32)
     assert not run.launches

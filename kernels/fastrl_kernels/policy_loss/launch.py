@@ -153,7 +153,8 @@ class _Run(NamedTuple):
             tile = logits[:, part.first_column :][:, : part.num_columns]
             write_product(tile, chunk.hidden_states, part.weight.T)
             if adapted is not None and part.lora_b is not None:
-                add_product(tile, adapted, part.lora_b.T, scale=head.lora_scale)
+                lora_b = part.lora_b.to(adapted.dtype)
+                add_product(tile, adapted, lora_b.T, scale=head.lora_scale)
         num_rows = rows.ids.shape[0]
         sums = logits.new_empty(1, NUM_SUMS, num_rows)
         stored_logits_kernel[(num_rows,)](
@@ -243,7 +244,9 @@ class _Run(NamedTuple):
         if self.sums.hidden_states.numel():
             hidden_sum = torch.zeros_like(chunk.hidden_states, dtype=torch.float32)
         adapted = low_rank(chunk, head, padded=False)
-        width = head.num_columns if isinstance(head.weight, Tensor) else split_columns()
+        # An adapter's gradients take a float32 copy of the logits', which is not made of all.
+        is_whole = isinstance(head.weight, Tensor) and head.lora_b is None
+        width = head.num_columns if is_whole else split_columns()
         for columns in column_slices(head.num_columns, width):
             add_dense_gradients(
                 head_sums(self.sums, columns), hidden_sum, gradients[:, columns], chunk, head,
