@@ -13,6 +13,9 @@ import torch
 TRITON_DTYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
+ODD_VOCABULARY = ("num_columns", "gradients_stride", "logits_stride")
+
+
 class Case(NamedTuple):
     """One kernel in one configuration."""
 
@@ -25,25 +28,44 @@ class Case(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     maxnreg: int | None = None  # registers of a thread, None for the assembler's choice
+    odd: tuple[str, ...] = ()  # sizes and strides that are no multiples of 16
 
 
-def cases() -> list[Case]:
-    """Every kernel as it is launched on a GPU: half precision and float32, plain and with all."""
+def cases(column: str) -> list[Case]:
+    """Every kernel as it is launched on a GPU: half precision and float32, plain and with all.
+
+    column: of the tables of tiles, `launch.column_of` of the GPU.
+    """
     found = []
     for dtype in (torch.bfloat16, torch.float32):
-        found += _head_cases(dtype) + _product_cases(dtype) + _row_cases(dtype)
-        found += _attention_cases(dtype) + _decode_cases(dtype) + _selection_cases(dtype)
+        found += _head_cases(dtype, column) + _product_cases(dtype, column)
+        found += odd_cases(_head_cases(dtype, column) + _product_cases(dtype, column, is_odd=True))
+        found += _row_cases(dtype)
+        found += _attention_cases(dtype, column) + _decode_cases(dtype) + _selection_cases(dtype)
     return found + _shared_cases() + _optimizer_cases()
 
 
-def _head_cases(dtype: torch.dtype) -> list[Case]:
-    from fastrl_kernels import LMHead
-    from fastrl_kernels.launch import logits_blocks
+def odd_cases(found: list[Case]) -> list[Case]:
+    """The same for a vocabulary that is no multiple of 16."""
+    return [
+        case._replace(name=case.name.replace(")", ", odd vocabulary)"), odd=ODD_VOCABULARY)
+        for case in found
+        if "adapt" not in case.name
+    ]
 
-    name, found = TRITON_DTYPE[dtype], []
+
+def head_tiles(dtype: torch.dtype, column: str) -> Any:
+    """As in `launch`, for a column."""
+    from fastrl_kernels.launch import HALF_TILES, WIDE_TILES
+    from fastrl_kernels.products import HALF
+
+    return HALF_TILES[column] if dtype in HALF else WIDE_TILES
+
+
+def _head_cases(dtype: torch.dtype, column: str) -> list[Case]:
+    name, found, all_tiles = TRITON_DTYPE[dtype], [], head_tiles(dtype, column)
     for has_all in (False, True):
-        head = LMHead(torch.empty(0, 0), softcap=30.0 if has_all else None)
-        blocks = logits_blocks(dtype, head)
+        blocks = all_tiles.logits_with_extras if has_all else all_tiles.logits
         tiles = {"BLOCK_M": blocks.rows, "BLOCK_V": blocks.columns, "BLOCK_D": blocks.depth}
         flags = dict.fromkeys(("HAS_BIAS", "HAS_LORA", "HAS_SOFTCAP"), has_all)
         absent = () if has_all else ("bias_ptr", "low_rank_ptr", "lora_b_ptr")
@@ -69,32 +91,29 @@ def _head_cases(dtype: torch.dtype) -> list[Case]:
     return found
 
 
-def _product_cases(dtype: torch.dtype) -> list[Case]:
-    from fastrl_kernels.launch import product_blocks
+def _product_cases(dtype: torch.dtype, column: str, is_odd: bool = False) -> list[Case]:
+    from fastrl_kernels.launch import hidden_blocks
 
-    module, name, blocks = (
-        "fastrl_kernels.gathered_products",
-        TRITON_DTYPE[dtype],
-        product_blocks(dtype),
-    )
+    module, name = "fastrl_kernels.gathered_products", TRITON_DTYPE[dtype]
+    _, _, blocks, others = head_tiles(dtype, column)
+    blocks = hidden_blocks(dtype, torch.device("cpu"), 17) if is_odd else blocks
     operands = dict.fromkeys(("gradients_ptr", "weight_ptr", "rows_ptr"), f"*{name}")
     hidden = {
         "ACCUMULATE": True, "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns,
         "BLOCK_V": blocks.depth, "UPCAST": False,
     }  # fmt: skip
     weight = {
-        "ACCUMULATE": True, "BY_TOKEN": True, "BLOCK_V": blocks.rows, "BLOCK_N": blocks.columns,
-        "BLOCK_M": blocks.depth, "UPCAST": False,
+        "ACCUMULATE": True, "BY_TOKEN": True, "BLOCK_V": others.rows, "BLOCK_N": others.columns,
+        "BLOCK_M": others.depth, "UPCAST": False,
     }  # fmt: skip
-    threads = blocks.threads
     found = [
         Case(
             f"hidden gradients ({name})", f"{module}:hidden_gradients_kernel", hidden, operands,
-            **threads,
+            **blocks.threads,
         ),
         Case(
             f"weight gradients ({name})", f"{module}:weight_gradients_kernel", weight, operands,
-            **threads,
+            **others.threads,
         ),
         Case(
             f"column sums ({name})", f"{module}:column_sums_kernel",
@@ -107,10 +126,10 @@ def _product_cases(dtype: torch.dtype) -> list[Case]:
         found.append(
             Case(
                 f"adapted rows ({name})", f"{module}:hidden_gradients_kernel", adapted,
-                {**operands, "slots_ptr": "*i64"}, **threads,
+                {**operands, "slots_ptr": "*i64"}, **blocks.threads,
             )
         )  # fmt: skip
-        wide = product_blocks(torch.float32)
+        wide = head_tiles(torch.float32, column).weight_gradients
         adapter = {
             **weight, "BY_TOKEN": False, "BLOCK_V": wide.rows, "BLOCK_N": wide.columns,
             "BLOCK_M": wide.depth,
@@ -177,11 +196,11 @@ def _row_cases(dtype: torch.dtype) -> list[Case]:
     return found
 
 
-def _attention_cases(dtype: torch.dtype) -> list[Case]:
+def _attention_cases(dtype: torch.dtype, column: str) -> list[Case]:
     from fastrl_kernels.products import HALF
     from fastrl_kernels.segment_attention.launch import HALF_TILINGS, WIDE_TILINGS
 
-    tilings = HALF_TILINGS if dtype in HALF else WIDE_TILINGS
+    tilings = HALF_TILINGS[column] if dtype in HALF else WIDE_TILINGS
     name, module = TRITON_DTYPE[dtype], "fastrl_kernels.segment_attention"
     tables = ("paths_ptr", "query_tiles_ptr", "key_units_ptr", "key_splits_ptr", "positions_ptr")
     tensors = ("q_ptr", "k_ptr", "v_ptr", "sinks_ptr", "out_ptr", "grad_ptr")

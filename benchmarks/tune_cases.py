@@ -2,7 +2,7 @@
 
 The tasks stand in the order of the gain that benchmarks/TUNING.md predicts. A candidate is a label
 and the settings that it changes; all of a group, today's included, are within a factor of two or
-four. What cannot fit a Hopper GPU is left out before it is compiled.
+four. Tiles are those of the GPU's column; what cannot fit is left out before it is compiled.
 """
 
 from __future__ import annotations
@@ -26,9 +26,19 @@ from inputs import Shape
 from selection_cases import SelectionCase, Tokens
 from tune_settings import Settings, current
 
-SHARED_BYTES = 227 * 1024  # of a block on Hopper
-ACCUMULATORS = 64  # registers of a thread for sums: with more, kernels of ours spill
+from fastrl_kernels.launch import column_of
+
+SHARED_BYTES = {"large": 227 * 1024, "small": 99 * 1024}  # of a block
+ACCUMULATORS = 128  # registers of a thread for sums: with more, nothing is left to work with
 BF16 = torch.bfloat16
+LOGITS_TILES = (
+    (128, 256, 64, 8, 3), (64, 128, 64, 4, 3), (128, 64, 32, 8, 4), (64, 256, 64, 8, 3),
+    (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 64, 64, 8, 4), (128, 128, 64, 8, 4),
+)  # fmt: skip
+PRODUCT_TILES = (
+    (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3),
+    (128, 256, 32, 8, 4), (128, 128, 64, 8, 4), (128, 128, 128, 8, 3), (128, 256, 64, 8, 3),
+)  # fmt: skip
 
 
 class Task(NamedTuple):
@@ -53,20 +63,22 @@ def tasks(tiny: bool) -> list[Task]:
     gather = f"{POLICY} one_pass gather 4GiB"
     cublas = f"{POLICY} one_pass cublas 4GiB"
     launch = "fastrl_kernels.launch"
+    column = column_of(torch.device(device))
     loss, rows = "fastrl_kernels.policy_loss.launch", "fastrl_kernels.linear_logps"
     selection = "fastrl_kernels.token_selection.op"
     attention = "fastrl_kernels.segment_attention.launch"
     decode = "fastrl_kernels.decode_attention.launch"
-    blocks = (lambda path: f"{launch}:INTERPRETED_BLOCKS") if tiny else (lambda path: path)
     return [
         Task("tiles of logits", Case("forward", head), cases.prepare, LOGPS,
-             of_blocks(blocks(f"{launch}:LOGITS.half"), tiny)),
+             of_blocks(f"HALF_TILES.{column}.logits", LOGITS_TILES, tiny)),
         Task("tiles of attention's key gradients", AttentionCase("attention", group),
-             attention_cases.prepare, ATTENTION, of_key_tiles(attention, tiny)),
-        Task("tiles of products", Case("policy_loss", head), prepare_policy, gather,
-             of_blocks(blocks(f"{launch}:PRODUCT.half"), tiny)),
+             attention_cases.prepare, ATTENTION, of_key_tiles(attention, column, tiny)),
+        Task("tiles of weight gradients", Case("policy_loss", head), prepare_policy, gather,
+             of_blocks(f"HALF_TILES.{column}.weight_gradients", PRODUCT_TILES, tiny)),
+        Task("tiles of hidden gradients", Case("policy_loss", head), prepare_policy, gather,
+             of_blocks(f"HALF_TILES.{column}.hidden_gradients", PRODUCT_TILES, tiny)),
         Task("tiles of attention's queries", AttentionCase("attention", group),
-             attention_cases.prepare, ATTENTION, of_query_tiles(attention, tiny)),
+             attention_cases.prepare, ATTENTION, of_query_tiles(attention, column, tiny)),
         Task("units of attention's keys", AttentionCase("attention", group),
              attention_cases.prepare, ATTENTION,
              of_numbers(f"{attention}:{'INTERPRETED_UNITS' if tiny else 'UNITS_PER_PROCESSOR'}",
@@ -106,36 +118,46 @@ def prepare_policy(case: Case, only: str | None = None) -> Prepared:
     return cases.prepare(case, only, policy_loaders() | fastrl_variants())
 
 
-def of_blocks(path: str, tiny: bool) -> Callable[[], dict[str, Settings]]:
-    """Tiles of a product, the ones that read fewest bytes for an operation first."""
-    choices: dict[str, tuple[int, ...]] = {
-        "rows": (64, 128), "columns": (64, 128), "depth": (32, 64),
-        "num_warps": (4, 8), "num_stages": (3, 4),
-    }  # fmt: skip
+def of_blocks(
+    entry: str, tiles: tuple[tuple[int, ...], ...], tiny: bool
+) -> Callable[[], dict[str, Settings]]:
+    """Tiles of a product in the order of what is expected of them."""
     if tiny:
-        choices = {"columns": (16, 32)}
-    return functools.partial(tiles_around, path, choices, fits_product, most=18)
+        entry, tiles = "INTERPRETED_BLOCKS", ((16, 16, 16, 4, 1), (32, 32, 16, 4, 1))
+    return functools.partial(product_tiles, f"fastrl_kernels.launch:{entry}", tiles)
+
+
+def product_tiles(path: str, tiles: tuple[tuple[int, ...], ...]) -> dict[str, Settings]:
+    """All that fit but today's."""
+    today = current(path)
+    found = [tile for tile in map(today._make, tiles) if tile != today and fits_product(tile)]
+    return {label_of(tile): {path: tile} for tile in found}
 
 
 def fits_product(tile: Any) -> bool:
     """Operands of all stages in shared memory, sums in registers."""
     operands = tile.num_stages * (tile.rows + tile.columns) * tile.depth * BF16.itemsize
     sums = tile.rows * tile.columns / (32 * tile.num_warps)
-    return operands <= SHARED_BYTES and sums <= ACCUMULATORS
+    return operands <= shared_bytes() and sums <= ACCUMULATORS
 
 
-def of_key_tiles(module: str, tiny: bool) -> Callable[[], dict[str, Settings]]:
+def shared_bytes() -> int:
+    """Of a block of this GPU, or of an H200 where there is none."""
+    return SHARED_BYTES[column_of(torch.device("cuda"))]
+
+
+def of_key_tiles(module: str, column: str, tiny: bool) -> Callable[[], dict[str, Settings]]:
     """Tiles of the gradients of keys and values."""
     choices = {"queries": (32, 64), "keys": (64, 128), "num_stages": (1, 2, 3)}
-    path = f"{module}:HALF_TILINGS.128.key_gradients"
+    path = f"{module}:HALF_TILINGS.{column}.128.key_gradients"
     if tiny:
         path, choices = f"{module}:INTERPRETED_TILING.key_gradients", {"keys": (16, 32)}
     return functools.partial(tiles_around, path, choices, fits_attention, most=16)
 
 
-def of_query_tiles(module: str, tiny: bool) -> Callable[[], dict[str, Settings]]:
+def of_query_tiles(module: str, column: str, tiny: bool) -> Callable[[], dict[str, Settings]]:
     """Tiles of outputs and of the gradients of queries, which share tables of queries."""
-    path = f"{module}:{'INTERPRETED_TILING' if tiny else 'HALF_TILINGS.128'}"
+    path = f"{module}:{'INTERPRETED_TILING' if tiny else f'HALF_TILINGS.{column}.128'}"
     sizes: Any = itertools.product((128, 64), (64, 32), (8, 4), (2, 3))
     return functools.partial(query_tiles, path, ((16, 16, 4, 1),) if tiny else tuple(sizes))
 
@@ -157,7 +179,7 @@ def fits_attention(tile: Any) -> bool:
     """Queries, and keys and values of all stages, of heads of 128; outputs and scores."""
     operands = (tile.queries + 2 * tile.num_stages * tile.keys) * 128 * BF16.itemsize
     sums = tile.queries * (128 + tile.keys) / (32 * tile.num_warps)
-    return operands <= SHARED_BYTES and sums <= 2 * ACCUMULATORS
+    return operands <= shared_bytes() and sums <= ACCUMULATORS
 
 
 def of_decode_tiles(module: str, tiny: bool) -> Callable[[], dict[str, Settings]]:
@@ -174,7 +196,7 @@ def of_decode_tiles(module: str, tiny: bool) -> Callable[[], dict[str, Settings]
 def fits_decoding(tile: Any) -> bool:
     """Queries, and keys and values of all stages, of heads of 128."""
     operands = (tile.queries + 2 * tile.num_stages * tile.columns) * 128 * BF16.itemsize
-    return operands <= SHARED_BYTES
+    return operands <= shared_bytes()
 
 
 def tiles_around(

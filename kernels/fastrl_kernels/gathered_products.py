@@ -14,9 +14,30 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl_kernels.chunks import Inputs
-from fastrl_kernels.launch import Rows, cdiv, power_of_2, product_blocks, upcast
+from fastrl_kernels.launch import Rows, cdiv, head_tiles, hidden_blocks, power_of_2, upcast
 
 COLUMN_BLOCK = 128
+
+
+@triton.jit
+def write_total(
+    out, row_mask, first, width, total, ACCUMULATE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Write or add a tile (ROWS, COLUMNS), from column `first` on; out: (ROWS,) pointers to rows.
+
+    In two halves: the whole of what is there and the whole of what comes do not fit in registers.
+    """
+    halves = tl.permute(tl.reshape(total, [ROWS, 2, COLUMNS // 2]), (0, 2, 1))
+    left, right = tl.split(halves)
+    for half in tl.static_range(2):
+        part = left if half == 0 else right
+        d = first + half * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+        ptrs = out[:, None] + d[None, :]
+        mask = row_mask[:, None] & (d < width)[None, :]
+        if ACCUMULATE:
+            part += tl.load(ptrs, mask, 0.0).to(tl.float32)
+        tl.store(ptrs, part, mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=["count_ptr"])
@@ -56,11 +77,9 @@ def hidden_gradients_kernel(
                 g, w = g.to(tl.float32), w.to(tl.float32)
             total = tl.dot(g, w, total, input_precision="ieee")
         total *= tl.load(unit_ptr)
-    out = out_ptr + split * num_rows * out_stride + place[:, None] * out_stride + d[None, :]
-    mask = (place < num_rows)[:, None] & d_mask[None, :]
-    if ACCUMULATE:
-        total += tl.load(out, mask, 0.0)
-    tl.store(out, total, mask)
+    out = out_ptr + split * num_rows * out_stride + place * out_stride
+    first = tl.program_id(1) * BLOCK_N
+    write_total(out, place < num_rows, first, hidden_size, total, ACCUMULATE, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize_on_alignment=["count_ptr"])
@@ -99,11 +118,9 @@ def weight_gradients_kernel(
             g, x = g.to(tl.float32), x.to(tl.float32)
         total = tl.dot(g.to(x.dtype), x, total, input_precision="ieee")
     total *= scale * tl.load(unit_ptr)
-    out = out_ptr + column[:, None].to(tl.int64) * out_stride + d[None, :]
-    mask = column_mask[:, None] & d_mask[None, :]
-    if ACCUMULATE:
-        total += tl.load(out, mask, 0.0).to(tl.float32)
-    tl.store(out, total, mask)
+    out = out_ptr + column.to(tl.int64) * out_stride
+    first = tl.program_id(1) * BLOCK_N
+    write_total(out, column_mask, first, width, total, ACCUMULATE, BLOCK_V, BLOCK_N)
 
 
 @triton.jit(do_not_specialize_on_alignment=["count_ptr"])
@@ -179,7 +196,8 @@ def add_hidden_gradients(out: Tensor, chunk: Gathered, weight: Tensor, *, is_fir
     num_splits, num_rows, hidden_size = out.shape
     num_columns = weight.shape[0]
     is_mixed = weight.dtype != chunk.gradients.dtype
-    blocks = product_blocks(torch.float32 if is_mixed else weight.dtype)
+    dtype = torch.float32 if is_mixed else weight.dtype
+    blocks = hidden_blocks(dtype, weight.device, num_columns)
     grid = (cdiv(num_rows, blocks.rows), cdiv(hidden_size, blocks.columns), num_splits)
     per_split = cdiv(cdiv(num_columns, num_splits), blocks.depth) * blocks.depth
     hidden_gradients_kernel[grid](
@@ -209,7 +227,7 @@ def add_weight_gradients(
 ) -> None:
     """out (columns, width) += scale * gradients^T rows; rows: by slot, or by token with row_ids."""
     num_columns, width = out.shape
-    blocks = product_blocks(rows.dtype)
+    blocks = head_tiles(rows.dtype, rows.device).weight_gradients
     grid = (cdiv(num_columns, blocks.rows), cdiv(width, blocks.columns))
     weight_gradients_kernel[grid](
         chunk.gradients, rows, chunk.slots, row_ids, chunk.num_rows, chunk.unit, out, num_columns,

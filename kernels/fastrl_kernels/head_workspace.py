@@ -5,7 +5,9 @@ S selected tokens, D hidden, V vocabulary without padding, R rows of a chunk, r 
 
 from collections.abc import Sequence
 
-from fastrl_kernels.launch import NUM_SUMS, cdiv, product_blocks, split_columns
+import torch
+
+from fastrl_kernels.launch import NUM_SUMS, cdiv, hidden_blocks, split_columns
 from fastrl_kernels.linear_logps.launch import MAX_ROWS as MAX_FORWARD_ROWS
 from fastrl_kernels.linear_logps.launch_backward import MAX_ROWS as MAX_BACKWARD_ROWS
 from fastrl_kernels.plan import MIB, Shape, make_plan
@@ -44,7 +46,7 @@ def _one_pass(shape: Shape, workspace: int, needs_grad: Sequence[bool]) -> int:
         return total + chunk + sums + rows * 4 * NUM_SUMS
     total += rows * 4 * NUM_SUMS * cdiv(shape.vocab_size, split_columns())
     if needs_grad[0]:
-        blocks = product_blocks(shape.dtype)
+        blocks = hidden_blocks(shape.dtype, torch.device("cuda"), shape.vocab_size)
         num_programs = cdiv(rows, blocks.rows) * cdiv(D, blocks.columns)
         num_splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // num_programs))
         total += rows * D * (4 * (num_splits + (num_splits > 1)) + shape.dtype.itemsize)

@@ -39,11 +39,35 @@ class Blocks(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# The largest tiles whose registers and shared memory suffice on sm_80, sm_90, sm_100 and sm_120
-# without spills (benchmarks/kernel_resources.py); not yet tuned on a device.
-LOGITS = {"half": Blocks(128, 64, 32, 8, 4), "wide": Blocks(64, 64, 16, 8, 3)}
-LOGITS_WITH_EXTRAS = {"half": Blocks(64, 64, 32, 8, 3), "wide": Blocks(64, 64, 32, 8, 2)}
-PRODUCT = {"half": Blocks(128, 128, 32, 8, 4), "wide": Blocks(64, 64, 16, 8, 3)}
+class HeadTiles(NamedTuple):
+    """Tiles of the kernels that multiply with the head; fixed for a device, a dtype and a head."""
+
+    logits: Blocks
+    """Of the kernels that end in statistics of logits, or in gradients of a slice of them."""
+    logits_with_extras: Blocks
+    """The same with a bias, an adapter or a softcap."""
+    hidden_gradients: Blocks
+    weight_gradients: Blocks
+
+
+# The tiles that read fewest bytes for an operation among those without spills in a loop, by
+# benchmarks/kernel_resources.py; not yet tuned on a device. Blocks of large chips hold 227 KiB.
+HALF_TILES = {
+    "large": HeadTiles(
+        Blocks(128, 128, 64, 8, 4), Blocks(64, 128, 64, 8, 3), Blocks(128, 256, 64, 8, 3),
+        Blocks(128, 256, 64, 8, 3),
+    ),
+    "small": HeadTiles(
+        Blocks(128, 64, 32, 8, 4), Blocks(64, 64, 32, 8, 3), Blocks(128, 128, 32, 8, 4),
+        Blocks(128, 128, 32, 8, 4),
+    ),
+}  # fmt: skip
+WIDE_TILES = HeadTiles(
+    Blocks(64, 64, 16, 8, 3), Blocks(64, 64, 32, 8, 2), Blocks(64, 64, 16, 8, 3),
+    Blocks(64, 64, 16, 8, 3),
+)  # fmt: skip
+LARGE_CHIPS = ((9, 0), (10, 0), (10, 3))
+"""Capabilities with 227 KiB of shared memory for a block, and products of 64 rows at a time."""
 INTERPRETED_BLOCKS = Blocks(16, 32, 16, 4, 1)
 ROW_BLOCK = 2048  # columns at a time of a program that has a row to itself
 ROW_WARPS = 8
@@ -51,19 +75,42 @@ INTERPRETED_ROW_BLOCK = 64
 INTERPRETED_SPLIT = 96  # several splits in the small vocabularies of tests
 
 
-def logits_blocks(dtype: torch.dtype, head: LMHead) -> Blocks:
+@functools.cache
+def column_of(device: torch.device) -> str:
+    """Which column of a table of tiles a GPU gets, "large" or "small".
+
+    One that is not there, because a plan is made elsewhere, is taken for an H200.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "large"
+    # torch.compile knows the properties as constants, get_device_capability it does not.
+    properties = torch.cuda.get_device_properties(device)
+    return "large" if (properties.major, properties.minor) in LARGE_CHIPS else "small"
+
+
+def head_tiles(dtype: torch.dtype, device: torch.device) -> HeadTiles:
+    """Tiles of products with the head; tensor cores take half precision only."""
+    if interprets_triton():
+        return HeadTiles(*[INTERPRETED_BLOCKS] * len(HeadTiles._fields))
+    return HALF_TILES[column_of(device)] if dtype in HALF else WIDE_TILES
+
+
+def logits_blocks(dtype: torch.dtype, device: torch.device, head: LMHead) -> Blocks:
     """Tile of the kernels that end in statistics or gradients of logits."""
-    if interprets_triton():
-        return INTERPRETED_BLOCKS
+    tiles = head_tiles(dtype, device)
     has_extras = head.bias is not None or head.lora_b is not None or head.softcap is not None
-    return (LOGITS_WITH_EXTRAS if has_extras else LOGITS)["half" if dtype in HALF else "wide"]
+    return tiles.logits_with_extras if has_extras else tiles.logits
 
 
-def product_blocks(dtype: torch.dtype) -> Blocks:
-    """Tile of a plain product; tensor cores take half precision only."""
-    if interprets_triton():
-        return INTERPRETED_BLOCKS
-    return PRODUCT["half" if dtype in HALF else "wide"]
+def hidden_blocks(dtype: torch.dtype, device: torch.device, num_columns: int) -> Blocks:
+    """Tile of products that add up over the vocabulary.
+
+    Rows of gradients that are no multiple of 16 are read number by number, and the addresses of
+    those leave too few registers for the large tile.
+    """
+    if num_columns % 16 and dtype in HALF and not interprets_triton():
+        return HALF_TILES["small"].hidden_gradients
+    return head_tiles(dtype, device).hidden_gradients
 
 
 def split_columns() -> int:
@@ -171,7 +218,7 @@ def product_arguments(
         "logit_scale": float(head.logit_scale),
         "softcap": float(head.softcap or 1.0),
     }
-    blocks = logits_blocks(hidden.dtype, head)
+    blocks = logits_blocks(hidden.dtype, hidden.device, head)
     constants = {
         "HAS_BIAS": part.bias is not None,
         "HAS_LORA": has_lora,

@@ -69,7 +69,7 @@ def write_sums(inputs: Inputs, rows: Rows, logits: Tensor | None) -> Tensor:
     num_splits = cdiv(inputs.head.num_columns, split)
     sums = hidden.new_empty(num_splits, NUM_SUMS, num_rows, dtype=torch.float32)
     adapted = adapted_rows(inputs, rows)
-    blocks = logits_blocks(hidden.dtype, inputs.head)
+    blocks = logits_blocks(hidden.dtype, hidden.device, inputs.head)
     for part in parts(inputs.head, split):
         runtime, constants = product_arguments(inputs, part, adapted)
         grid = (cdiv(num_rows, blocks.rows), cdiv(part.num_columns, split))

@@ -124,7 +124,7 @@ class _Pass(NamedTuple):
     def write_gradients(self, out: Tensor, rows: Rows, part: Part, adapted: Tensor | None) -> None:
         """out (R, columns): gradients of a slice of the logits, in units."""
         runtime, constants = product_arguments(self.inputs, part, adapted)
-        blocks = logits_blocks(out.dtype, self.inputs.head)
+        blocks = logits_blocks(out.dtype, out.device, self.inputs.head)
         grid = (cdiv(rows.ids.shape[0], blocks.rows), cdiv(part.num_columns, blocks.columns))
         slice_gradients_kernel[grid](
             row_ids_ptr=rows.ids, count_ptr=rows.num_rows, logp_slopes_ptr=self.slopes.logps,

@@ -22,10 +22,10 @@ from fastrl_kernels.launch import (
     NUM_SUMS,
     Rows,
     cdiv,
+    hidden_blocks,
     objective_arguments,
     parts,
     power_of_2,
-    product_blocks,
     row_block,
     row_chunks,
     rows_where,
@@ -230,12 +230,13 @@ class _Run(NamedTuple):
         Bits depend on the number of splits, and that on the chunk's rows: on those of a full one
         where a row is to be the same in any batch.
         """
-        blocks = product_blocks(self.inputs.hidden_states.dtype)
+        hidden = self.inputs.hidden_states
+        blocks = hidden_blocks(hidden.dtype, hidden.device, self.inputs.head.num_columns)
         num_rows = self.plan.rows if self.batch_invariant else rows.ids.shape[0]
         num_programs = cdiv(num_rows, blocks.rows) * cdiv(width, blocks.columns)
         num_splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // num_programs))
         shape = (num_splits, rows.ids.shape[0], width)
-        return self.inputs.hidden_states.new_empty(shape, dtype=torch.float32)
+        return hidden.new_empty(shape, dtype=torch.float32)
 
     def dense_gradients(self, chunk: Chunk, gradients: Tensor) -> None:
         """Take all rows through the products; those without a gradient are zero."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels.implementation import interprets_triton
-from fastrl_kernels.launch import cdiv, power_of_2, upcast
+from fastrl_kernels.launch import cdiv, column_of, power_of_2, upcast
 from fastrl_kernels.products import HALF
 from fastrl_kernels.segment_attention.backward_kernel import (
     deltas_kernel,
@@ -63,13 +63,19 @@ class Tilings(NamedTuple):
     key_gradients: Tile
 
 
-# By the larger head size: the largest tiles whose registers and shared memory suffice on sm_80,
-# sm_90, sm_100 and sm_120 without spills (benchmarks/kernel_resources.py); not yet tuned on a
-# device.
+# By the column of the GPU and the larger head size: the largest tiles without spills in a loop, by
+# benchmarks/kernel_resources.py; not yet tuned on a device.
 HALF_TILINGS = {
-    64: Tilings(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 8, 2)),
-    128: Tilings(Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2)),
-    256: Tilings(Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)),
+    "large": {
+        64: Tilings(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+        128: Tilings(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3)),
+        256: Tilings(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 1)),
+    },
+    "small": {
+        64: Tilings(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 8, 2)),
+        128: Tilings(Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2)),
+        256: Tilings(Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)),
+    },
 }
 WIDE_TILINGS = {
     64: Tilings(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(16, 32, 8, 1)),
@@ -79,9 +85,9 @@ WIDE_TILINGS = {
 INTERPRETED_TILING = Tilings(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))
 
 
-def tilings(dtype: torch.dtype, head_size: int) -> Tilings:
-    """Tiles of the kernels; fixed for a model, so that bits do not depend on the row."""
-    table = HALF_TILINGS if dtype in HALF else WIDE_TILINGS
+def tilings(dtype: torch.dtype, head_size: int, device: torch.device) -> Tilings:
+    """Tiles of the kernels; fixed for a model and a GPU, so that bits do not depend on the row."""
+    table = HALF_TILINGS[column_of(device)] if dtype in HALF else WIDE_TILINGS
     if head_size > max(table):
         raise ValueError(
             f"the kernels take heads of at most {max(table)} in {dtype}, got {head_size}; "
@@ -94,7 +100,7 @@ def attention_tiles(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None
 ) -> Tiles:
     """The tables for `forward` and `backward`, made at the first call for these segments."""
-    tiling = tilings(q.dtype, max(q.shape[2], v.shape[2]))
+    tiling = tilings(q.dtype, max(q.shape[2], v.shape[2]), q.device)
     num_programs = INTERPRETED_UNITS
     if q.is_cuda:
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -118,7 +124,7 @@ def forward(
     num_tokens, num_heads, _ = q.shape
     out = q.new_empty(num_tokens, num_heads, v.shape[2])
     lse = q.new_empty(num_heads, num_tokens, dtype=torch.float32)
-    tiling = tilings(q.dtype, max(q.shape[2], v.shape[2])).forward
+    tiling = tilings(q.dtype, max(q.shape[2], v.shape[2]), q.device).forward
     forward_kernel[(tiles.query_tiles.shape[0] * num_heads,)](
         q, k, v, sinks, tiles.paths, tiles.query_tiles, out, lse, num_tokens, num_heads,
         num_heads // k.shape[1], *_strides(q, k, v), out.stride(0), *_numbers(options),
@@ -163,7 +169,7 @@ def _query_gradients(
 ) -> Tensor:  # fmt: skip
     num_tokens, num_heads, head_size = q.shape
     dq = q.new_empty(q.shape)
-    tiling = tilings(q.dtype, max(head_size, v.shape[2])).query_gradients
+    tiling = tilings(q.dtype, max(head_size, v.shape[2]), q.device).query_gradients
     query_gradients_kernel[(tiles.query_tiles.shape[0] * num_heads,)](
         q, k, v, grad, lse, deltas, tiles.paths, tiles.query_tiles, dq, num_tokens, num_heads,
         num_heads // k.shape[1], *_strides(q, k, v, grad), dq.stride(0), *_numbers(options),
@@ -177,7 +183,7 @@ def _key_gradients(
     options: Options,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     num_kv_heads, num_groups = k.shape[1], q.shape[1] // k.shape[1]
-    tiling = tilings(q.dtype, max(q.shape[2], v.shape[2])).key_gradients
+    tiling = tilings(q.dtype, max(q.shape[2], v.shape[2]), q.device).key_gradients
     gradients = dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     sums = [
         x.new_empty(tiles.num_slots, num_kv_heads, tiling.keys, x.shape[2], dtype=torch.float32)

@@ -26,7 +26,7 @@ def bytes_inside(
 
     `launch.forward` takes nothing.
     """
-    tiling = tilings(dtype, max(head_size, value_size))
+    tiling = tilings(dtype, max(head_size, value_size), torch.device("cuda"))
     num_programs = UNITS_PER_PROCESSOR * num_processors
     sizes = Sizes(
         window=window, num_groups=num_heads // num_kv_heads, num_kv_heads=num_kv_heads,
