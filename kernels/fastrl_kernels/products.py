@@ -21,7 +21,7 @@ def round_up(size: int) -> int:
 
 def product(left: Tensor, right: Tensor, *, padded: bool = False) -> Tensor:
     """left @ right in the accumulation dtype."""
-    if left.is_cuda and right.dtype in HALF:
+    if _in_half(left, right):
         return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
     dtype = accumulation_dtype(left.dtype)
     if padded and not left.is_cuda:
@@ -34,7 +34,7 @@ def write_product(out: Tensor, left: Tensor, right: Tensor, *, padded: bool = Fa
     dtype = accumulation_dtype(left.dtype)
     if padded or out.dtype != dtype:
         out.copy_(product(left, right, padded=padded))
-    elif left.is_cuda and right.dtype in HALF:
+    elif _in_half(left, right):
         torch.mm(left.to(right.dtype), right, out_dtype=torch.float32, out=out)
     elif not left.is_cuda and left.shape[0] in FEW_ROWS and right.mT.is_contiguous():
         out.copy_(torch.mm(right.mT.to(dtype), left.mT.to(dtype)).mT)
@@ -49,11 +49,20 @@ def add_product(
     dtype = accumulation_dtype(left.dtype)
     if padded or total.dtype != dtype:
         total.add_(product(left, right, padded=padded), alpha=scale)
-    elif left.is_cuda and right.dtype in HALF:
+    elif _in_half(left, right):
         left = left.to(right.dtype)
         torch.addmm(total, left, right, out_dtype=torch.float32, alpha=scale, out=total)
     else:
         total.addmm_(left.to(dtype), right.to(dtype), alpha=scale)
+
+
+def _in_half(left: Tensor, right: Tensor) -> bool:
+    """Whether a GPU multiplies in half precision, for which it rounds a float32 left.
+
+    Gradients of logits are often below the range of float16, so they stay as they are there.
+    """
+    is_narrow = right.dtype == torch.float16 and left.dtype != torch.float16
+    return left.is_cuda and right.dtype in HALF and not is_narrow
 
 
 def _padded(matrix: Tensor) -> Tensor:

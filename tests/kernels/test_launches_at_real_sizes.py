@@ -117,6 +117,19 @@ def test_policy_loss_of_every_head(run, engine, what, dtype):
     assert all(RANK not in shape for shape in run.rounded)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("engine", ["one_pass", "min_memory"])
+def test_policy_loss_without_kernels(run, dtype, engine):
+    """Gradients of logits are rounded where bfloat16 has room for them, and float16 has not."""
+    call_policy_loss(SMALL, dtype, (engine, "auto"), "lora bias", implementation="torch")
+    run.backward()
+    assert not run.launches
+    num_tokens = SMALL[0]
+    is_of_logits = [num_tokens in shape and max(shape) > num_tokens for shape in run.rounded]
+    assert any(is_of_logits) == (dtype == BF16)
+    assert all(RANK not in shape for shape in run.rounded)
+
+
 @pytest.mark.parametrize("engine", [GATHER, CUBLAS, MIN_MEMORY])
 @pytest.mark.parametrize("what", ["", "lora bias"])
 def test_memory_stays_inside_the_workspace(run, engine, what):
