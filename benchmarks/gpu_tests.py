@@ -34,6 +34,7 @@ FIRST = (
     "tests/kernels/test_kernels_on_gpu.py",
     "tests/kernels/test_real_heads_on_gpu.py",
     "tests/kernels/test_real_attention_on_gpu.py",
+    "tests/kernels/test_nf4_on_gpu.py",
     "tests/test_gpu.py",
     "tests/test_optim_gpu.py",
     "tests/kernels/test_decode_attention_on_gpu.py",
