@@ -335,7 +335,7 @@ def parameters(has_all: bool) -> tuple[str, ...]:
 
 
 def _shared_cases() -> list[Case]:
-    from fastrl_kernels.token_loss.op import BLOCK, NUM_SUMS
+    from fastrl_kernels.token_loss.op import BLOCK, NUM_SUMS, NUM_WARPS
 
     return [
         Case(
@@ -352,7 +352,7 @@ def _shared_cases() -> list[Case]:
                 **objective(True), "HAS_OLD": True, "HAS_REF": True, "HAS_ROLLOUT": True,
                 "BLOCK": BLOCK, "NUM_SUMS": NUM_SUMS,
             },
-            {}, parameters=parameters(True),
+            {}, parameters=parameters(True), num_warps=NUM_WARPS,
         ),
     ]  # fmt: skip
 

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fastrl.methods.axes import hyper_parameters_of
 from fastrl.methods.defaults import DEFAULTS
-from fastrl_kernels import token_loss
 from fastrl_kernels.objectives import REGULARISERS, SURROGATES, Objective, Regulariser
 from fastrl_kernels.token_loss import token_loss_reference
 
@@ -188,6 +187,8 @@ def fastrl_loss(
     device: str, *, objective: Objective
 ) -> Callable[[Inputs], tuple[Objective, Tensor]]:
     """`fastrl_kernels.token_loss`, which gives metrics too."""
+    from fastrl_kernels import token_loss
+
     return lambda inputs: (objective, inputs.loss(token_loss, objective))
 
 

@@ -16,6 +16,8 @@ import attention_cases
 import cases
 import decode_cases
 import logits_cases
+import loss_cases
+import optimizer_cases
 import selection_cases
 import torch
 from attention_cases import AttentionCase, Group
@@ -23,6 +25,8 @@ from cases import Case, Prepared
 from decode_cases import Batch, DecodeCase
 from implementations import LOGPS, MIN_MEMORY, POLICY, fastrl_variants, policy_loaders
 from inputs import Shape
+from loss_cases import LossCase
+from optimizer_cases import AdamWCase, Elements
 from selection_cases import SelectionCase, Tokens
 from tune_settings import Settings, current
 
@@ -68,6 +72,10 @@ def tasks(tiny: bool) -> list[Task]:
     selection = "fastrl_kernels.token_selection.op"
     attention = "fastrl_kernels.segment_attention.launch"
     decode = "fastrl_kernels.decode_attention.launch"
+    tokens = "fastrl_kernels.token_loss.op"
+    losses = LossCase("peers", loss_cases.Tokens(700 if tiny else 2**20, device))
+    adamw = "fastrl_kernels.adamw.kernel"
+    elements = Elements(2000 if tiny else 2**26, device)
     return [
         Task("tiles of logits", Case("forward", head), cases.prepare, LOGPS,
              of_blocks(f"HALF_TILES.{column}.logits", LOGITS_TILES, tiny)),
@@ -79,6 +87,13 @@ def tasks(tiny: bool) -> list[Task]:
              of_blocks(f"HALF_TILES.{column}.hidden_gradients", PRODUCT_TILES, tiny)),
         Task("tiles of attention's queries", AttentionCase("attention", group),
              attention_cases.prepare, ATTENTION, of_query_tiles(attention, column, tiny)),
+        Task("launch of the loss of tokens", losses, loss_cases.prepare, "fastrl token_loss",
+             functools.partial(together, {f"{tokens}:BLOCK": (256, 1024, 2048, 4096, 4096),
+                                          f"{tokens}:NUM_WARPS": (4, 8, 16, 16, 32)})),
+        *(Task(f"launch of AdamW{name}", AdamWCase(in_8bit, elements), optimizer_cases.prepare,
+               optimizer_cases.KERNEL, of_pairs({f"{adamw}:NUM_BLOCKS": (2, 8, 16),
+                                                 f"{adamw}:NUM_WARPS": (2, 8)}))
+          for name, in_8bit in (("", False), (" in 8 bits", True))),
         Task("units of attention's keys", AttentionCase("attention", group),
              attention_cases.prepare, ATTENTION,
              of_numbers(f"{attention}:{'INTERPRETED_UNITS' if tiny else 'UNITS_PER_PROCESSOR'}",
@@ -231,6 +246,16 @@ def of_numbers(path: str, values: tuple[int, ...]) -> Callable[[], dict[str, Set
 def of_pairs(choices: dict[str, tuple[int, ...]]) -> Callable[[], dict[str, Settings]]:
     """Each setting with each of its values, one at a time."""
     return functools.partial(one_at_a_time, choices)
+
+
+def together(choices: dict[str, tuple[int, ...]]) -> dict[str, Settings]:
+    """The first values of all settings, the second ones, and so on, but for today's."""
+    found = {}
+    for values in zip(*choices.values(), strict=True):
+        settings = dict(zip(choices, values, strict=True))
+        new = {path: value for path, value in settings.items() if value != current(path)}
+        found[label_of(values)] = new
+    return found
 
 
 def one_at_a_time(choices: dict[str, tuple[int, ...]]) -> dict[str, Settings]:

@@ -13,6 +13,7 @@ from fastrl_kernels.token_loss.reference import TokenLoss, token_loss_reference
 NUM_METRICS = len(TokenLoss._fields) - 3
 NUM_SUMS = NUM_METRICS + 2  # of tokens and loss too; two make the last metric, one is a maximum
 BLOCK = 512
+NUM_WARPS = 4
 
 
 @torch.library.custom_op("fastrl::token_loss", mutates_args=())
@@ -82,5 +83,6 @@ def _launch(
         entropy_slopes, clipped, loss, metrics, parameters, logps.shape[0], **constants,
         HAS_OLD=old_logps is not None, HAS_REF=ref_logps is not None,
         HAS_ROLLOUT=rollout_weights is not None, BLOCK=BLOCK, NUM_SUMS=NUM_SUMS,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
     return loss, slopes, entropy_slopes, clipped, metrics
