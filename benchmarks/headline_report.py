@@ -26,7 +26,7 @@ def render(results: dict[str, Any]) -> str:
         steps = [x for x in results["steps"] if x["setting"] in claim.settings]
         tables = []
         if {x["learner"] for x in learning} == set(claim.learners) and claim.learners:
-            tables.append(learning_table(claim, learning))
+            tables += [came_out(claim, learning), learning_table(claim, learning)]
         if {x["setting"] for x in steps} == set(claim.settings) and claim.settings:
             tables.append(steps_table(claim, steps))
         if name == "prefix_grouper" and results["prefix"]:
@@ -41,6 +41,40 @@ def render(results: dict[str, Any]) -> str:
             f"`{where['command']}`."
         )
     return "\n\n".join(parts) + "\n"
+
+
+def came_out(claim: Claim, runs: Sequence[Run]) -> str:
+    """What each method takes to the pass@1 of the first one, in words; with what came before."""
+    by_seed = {(run["learner"], run["seed"]): run for run in runs}
+    first, *others = claim.learners
+    found = []
+    for name in others:
+        costs: dict[str, list[tuple[float, float]]] = {"samples": [], "seconds": []}
+        seeds = [s for s in sorted({run["seed"] for run in runs})
+                 if (name, s) in by_seed and (first, s) in by_seed]  # fmt: skip
+        for seed in seeds:
+            pair = by_seed[name, seed], by_seed[first, seed]
+            target = target_of(pair[1])
+            for key, of in costs.items():
+                spent = [cost_of(run, target, key) for run in pair]
+                if spent[0] is not None and spent[1] is not None:
+                    of.append((spent[0] + pair[0]["before"][key], spent[1]))
+        num_reached = len(costs["samples"])
+        ratios = " and ".join(
+            f"{sum(mine for mine, _ in of) / sum(theirs for _, theirs in of):.2f}x of the {key}"
+            for key, of in costs.items()
+            if of
+        )
+        said = f"with {ratios} where it does" if num_reached else ""
+        longest = max(by_seed[name, seed]["points"][-1]["samples"] for seed in seeds) / 1e3
+        found.append(
+            f"{name} gets there in {num_reached} of {len(seeds)} runs of {longest:.0f}k samples "
+            f"{said}".rstrip()
+        )
+    return (
+        f"Came out, against {first}, at {SHARE:.0%} of what that gains, with what is sampled "
+        f"before the first step: {'; '.join(found)}."
+    )
 
 
 def learning_table(claim: Claim, runs: Sequence[Run]) -> str:

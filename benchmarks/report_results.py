@@ -63,7 +63,8 @@ ABOUT = {
     ),
     "headlines": Section(
         "Claims of the field, on small models",
-        "Each with five seeds, on the demo task and a model of 25M parameters: what came out.",
+        "Each with five seeds, on the demo task and a model of 25M parameters: what came out. "
+        "Seconds are those that the process had of one core, beside other work.",
     ),
     "d3s_study": Section("Down-sampling and learning", "D3S against GRPO on the demo task."),
     "shared_prefix": Section(

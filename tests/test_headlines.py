@@ -19,7 +19,7 @@ from bench_scaling import AXES, BASE, fit, sizes_of
 from bench_shared_prefix import Case
 from headline_cases import CLAIMS, LEARNERS, config_of
 from headline_prefix import Shape, gradient_errors, ways
-from headline_report import cost_of, render, target_of, value_at
+from headline_report import came_out, cost_of, render, target_of, value_at
 from headline_steps import STEPS
 from rows import OURS
 
@@ -59,6 +59,20 @@ def test_a_method_in_half_the_time_has_half_the_seconds_in_its_table():
     assert seconds == {"GRPO": "15 (15 to 15)", "SFPO": "8 (8 to 8)"}
     assert CLAIMS["sfpo"].title in table
     assert CLAIMS["rapid"].title not in table, "there is no run of RAPID"
+
+
+def test_what_came_out_counts_what_was_sampled_before_and_runs_that_never_get_there():
+    first, second, third, _ = CLAIMS["astar_po"].learners
+    slow = [0.2, 0.4, 0.6, 0.8, 1.0]
+    late = run(second, 0, slow, seconds=5.0)
+    late["before"] = {"samples": 400, "seconds": 3.0}
+    runs = [run(first, 0, slow), late, run(third, 0, [0.2, 0.2, 0.2, 0.2, 0.2])]
+    told = came_out(CLAIMS["astar_po"]._replace(learners=(first, second, third)), runs)
+    at = [cost_of(runs[0], target_of(runs[0]), key) for key in ("samples", "seconds")]
+    assert f"{second} gets there in 1 of 1 runs" in told
+    assert f"{(at[0] + 400) / at[0]:.2f}x of the samples" in told
+    assert f"{(at[1] / 2 + 3) / at[1]:.2f}x of the seconds" in told
+    assert f"{third} gets there in 0 of 1 runs of " in told
 
 
 def test_a_run_is_done_once_and_again_where_its_settings_changed(tmp_path):
