@@ -5,6 +5,8 @@ TRITON_INTERPRET=1 was set before start; ../test_interpreted.py starts such a pr
 S selected tokens, D hidden, V vocabulary, r rank of the adapter.
 """
 
+import inspect
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -64,6 +66,49 @@ def bounds_of_loops(monkeypatch: pytest.MonkeyPatch) -> None:
         scope.set_attr(tensor, "__index__", lambda number: number.handle.data.item())
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_also)
+
+
+@pytest.fixture(scope="session")
+def builtins_of_the_language() -> dict[Any, list[str]]:
+    """Names in each part of the language that the interpreter replaces."""
+    import triton.language as tl
+
+    parts = (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
+    return {
+        part: [name for name, member in inspect.getmembers(part) if tl.core.is_builtin(member)]
+        for part in parts
+    }
+
+
+@pytest.fixture(autouse=True)
+def language_patched_once_a_launch(
+    monkeypatch: pytest.MonkeyPatch, builtins_of_the_language: dict[Any, list[str]]
+) -> None:
+    """The interpreter patches the language again in every call of a device function, slowly."""
+    from triton.runtime import interpreter
+
+    patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[str] = set()
+
+    def run_afresh(executor: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        run(executor, *args, **kwargs)
+
+    def patch_once(function: Any) -> Any:
+        if function.__module__ in patched:
+            return None
+        patched.add(function.__module__)
+        return patch(function)
+
+    def patch_known(part: Any, builder: Any, scope: Any) -> None:
+        for name in builtins_of_the_language[part]:
+            member = getattr(part, name)
+            if interpreter.tl.core.is_builtin(member):
+                interpreter._patch_attr(part, name, member, builder, scope)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+    monkeypatch.setattr(interpreter, "_patch_builtin", patch_known)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_afresh)
 
 
 class Case(NamedTuple):
@@ -192,6 +237,11 @@ def trainable(case: Case) -> list[str]:
     """Names of the tensors of the case that can have a gradient."""
     parts = {"hidden_states": case.hidden, **case.head._asdict()}
     return [name for name in TRAINABLE if isinstance(parts[name], Tensor)]
+
+
+def sets_of_trained_tensors() -> list[tuple[str, ...]]:
+    """None, one, all but one and all: any three of them are trained or not in each of 8 ways."""
+    return [names for size in (0, 1, 4, 5) for names in itertools.combinations(TRAINABLE, size)]
 
 
 def naive_logps(

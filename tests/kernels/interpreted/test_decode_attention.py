@@ -14,9 +14,6 @@ from fastrl_kernels import decode_attention
 from fastrl_kernels.decode_attention import decode_attention_reference, launch
 from fastrl_kernels.decode_attention.op import decode_attention_op
 from tests.kernels.decode_cases import OPTIONS, SINKS, make_case, with_sinks
-from tests.kernels.interpreted.test_segment_attention import (
-    language_patched_once_a_launch as language_patched_once_a_launch,
-)
 from tests.kernels.interpreted.test_wide_offsets import LIMIT, far_apart
 
 # Several parts of the interpreter's 32 columns, and blocks of 16 that they do not fill.
@@ -29,8 +26,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "no prefix": {"lengths": (0, 0, 0, 0), "columns": (0, 5), "suffix_length": 1},
 }
 EVERYTHING = {"window": 70, "softcap": 2.0, "sinks": SINKS, "scale": -1.3}
-
-pytestmark = pytest.mark.usefixtures("language_patched_once_a_launch")
 
 
 def run(tensors: list[Tensor], where: dict[str, Any], **options: Any) -> Tensor:

@@ -29,28 +29,6 @@ PLAIN = ([33, 0, 1, 16], [-1] * 4)
 FORESTS = {"prompt": PROMPT, "deep": DEEP, "plain": PLAIN}
 
 
-@pytest.fixture(autouse=True)
-def language_patched_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter patches the language again in every call of a device function, slowly."""
-    from triton.runtime import interpreter
-
-    patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: set[str] = set()
-
-    def run_afresh(executor: Any, *args: Any, **kwargs: Any) -> None:
-        patched.clear()
-        run(executor, *args, **kwargs)
-
-    def patch_once(function: Any) -> Any:
-        if function.__module__ in patched:
-            return None
-        patched.add(function.__module__)
-        return patch(function)
-
-    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_afresh)
-
-
 def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
