@@ -51,7 +51,7 @@ class HeadTiles(NamedTuple):
 
 
 # The tiles that read fewest bytes for an operation among those without spills in a loop, by
-# benchmarks/kernel_resources.py; not yet tuned on a device. Blocks of large chips hold 227 KiB.
+# benchmarks/kernel_resources.py; not yet tuned on a device.
 HALF_TILES = {
     "large": HeadTiles(
         Blocks(128, 128, 64, 8, 4), Blocks(64, 128, 64, 8, 3), Blocks(128, 256, 64, 8, 3),
@@ -66,8 +66,8 @@ WIDE_TILES = HeadTiles(
     Blocks(64, 64, 16, 8, 3), Blocks(64, 64, 32, 8, 2), Blocks(64, 64, 16, 8, 3),
     Blocks(64, 64, 16, 8, 3),
 )  # fmt: skip
-LARGE_CHIPS = ((9, 0), (10, 0), (10, 3))
-"""Capabilities with 227 KiB of shared memory for a block, and products of 64 rows at a time."""
+LARGE_CHIPS = ((9, 0),)
+"""Capabilities whose blocks hold 227 KiB, for which the large tiles do not spill in a loop."""
 INTERPRETED_BLOCKS = Blocks(16, 32, 16, 4, 1)
 ROW_BLOCK = 2048  # columns at a time of a program that has a row to itself
 ROW_WARPS = 8
