@@ -62,24 +62,29 @@ def token_loss_reference(
 ) -> TokenLoss:
     """`token_loss` with the same arguments; autograd gives the gradients."""
     counted = token_weights != 0
-    current = torch.where(counted, logps, 0).detach()
-    old = current if old_logps is None else torch.where(counted, old_logps, 0)
-    ref = current if ref_logps is None else torch.where(counted, ref_logps, 0)
+    # What has no weight may hold anything; a GPU would have to be waited for to know of none.
+    is_whole = not counted.is_cuda and bool(counted.all())
+
+    def kept(values: Tensor) -> Tensor:
+        return values if is_whole else torch.where(counted, values, 0)
+
+    current = kept(logps).detach()
+    old = current if old_logps is None else kept(old_logps)
+    ref = current if ref_logps is None else kept(ref_logps)
     tokens = evaluate(objective, current, old, ref, advantages, rollout_weights)
-    values, slopes = torch.where(counted, tokens.values, 0), torch.where(counted, tokens.slopes, 0)
-    kept_entropies = torch.where(counted, entropies, 0)
+    values, slopes, kept_entropies = kept(tokens.values), kept(tokens.slopes), kept(entropies)
     # The slope is the derivative of the value by construction, so a straight line through the value
     # carries both the exact loss and the exact gradient.
-    losses = values + slopes * (torch.where(counted, logps, 0) - current)
-    losses = losses - torch.where(counted, entropy_coef * kept_entropies, 0)
+    losses = values + slopes * (kept(logps) - current)
+    losses = losses - kept(entropy_coef * kept_entropies)
     clipped = tokens.clipped & counted
-    weights = counted.to(logps.dtype) if rollout_weights is None else rollout_weights
+    weights = counted.to(logps.dtype) if rollout_weights is None else kept(rollout_weights)
     return TokenLoss(
-        loss=(torch.where(counted, token_weights, 0) * losses).sum(),
-        slopes=torch.where(counted, token_weights, 0) * slopes,
+        loss=(kept(token_weights) * losses).sum(),
+        slopes=kept(token_weights) * slopes,
         clipped=clipped,
         **_metrics(clipped, advantages, kept_entropies.detach(), current, old, ref, counted),
-        effective_samples=effective_samples(torch.where(counted, weights, 0), counted),
+        effective_samples=effective_samples(weights, counted),
     )
 
 
