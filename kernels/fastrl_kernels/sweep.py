@@ -92,13 +92,13 @@ def empty_gradients(
     hidden_states: Tensor, head_tensors: Sequence[object], needs_grad: list[bool],
     new_weight: bool = True,
 ) -> Gradients:  # fmt: skip
-    """Zeros where a gradient is asked for; the weight's may be somewhere else already.
+    """Contiguous zeros where a gradient is asked for; the weight's may be somewhere else already.
 
     head_tensors: weight, bias, lora_a and lora_b, or what stands for them.
     """
     wanted = [needs_grad[0], needs_grad[1] and new_weight, *needs_grad[2:]]
     return Gradients._make(
-        torch.zeros_like(tensor)
+        torch.zeros_like(tensor, memory_format=torch.contiguous_format)
         if isinstance(tensor, Tensor) and needed
         else hidden_states.new_zeros(0)
         for tensor, needed in zip((hidden_states, *head_tensors), wanted, strict=True)

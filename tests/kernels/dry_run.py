@@ -104,7 +104,8 @@ class Run:
         backend = make_backend(TARGET)
         binder = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
         kwargs = {**pointers[1], "debug": False, "instrumentation_mode": ""}
-        bound, specialization, _ = binder(*pointers[0], **kwargs)
+        bound, specialization, settings = binder(*pointers[0], **kwargs)
+        jit.compute_cache_key({}, specialization, settings)  # which wants to hash all of it
         build = f"{kernel.__name__} {specialization}"
         self.launches.append(Launch(kernel.__name__, sizes, build))
         if self.compiler is not None and build not in _COMPILED:
