@@ -11,7 +11,7 @@ import torch
 from fastrl_kernels import linear_logps, policy_loss
 from fastrl_kernels.objectives import Objective, clipped_ratio
 
-S, D, V = 4096, 256, 65536
+S, D, V = 2048, 256, 65536
 
 
 def resident(field: str) -> int:

@@ -1,4 +1,4 @@
-"""At S=4096, V=65536, D=256 the naive path takes gigabytes; ours its workspace."""
+"""At S=2048, V=65536, D=256 the naive path takes a gigabyte; ours its workspace."""
 
 import os
 import subprocess
