@@ -184,7 +184,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"{found[arch]['registers']} / {found[arch]['shared_bytes'] / 1024:.0f}"
             for arch in architectures
         ]
-        warps = next(iter(found.values()))["num_warps"]
+        warps = ", ".join(dict.fromkeys(str(found[arch]["num_warps"]) for arch in architectures))
         lines.append(f"| {name} | {warps} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

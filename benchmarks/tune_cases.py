@@ -187,6 +187,9 @@ def query_tiles(path: str, sizes: tuple[tuple[int, ...], ...]) -> dict[str, Sett
         if fits_attention(forward) and forward != today.forward:
             tiling = today._replace(forward=forward, query_gradients=others)
             found[label_of(forward)] = {path: tiling}
+    if "large" in path:
+        small = current(path.replace("large", "small"))._replace(key_gradients=today.key_gradients)
+        found = {f"{label_of(small.forward)}, small": {path: small}, **found}
     return found
 
 

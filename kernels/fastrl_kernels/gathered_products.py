@@ -94,9 +94,9 @@ def weight_gradients_kernel(
     rows: hidden states of all tokens, found through row_ids where BY_TOKEN; else one a slot.
     """
     count = tl.load(count_ptr)
-    column = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     column_mask = column < num_columns
-    d = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d_mask = d < width
     total = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
     for start in range(0, count, BLOCK_M):
@@ -119,7 +119,7 @@ def weight_gradients_kernel(
         total = tl.dot(g.to(x.dtype), x, total, input_precision="ieee")
     total *= scale * tl.load(unit_ptr)
     out = out_ptr + column.to(tl.int64) * out_stride
-    first = tl.program_id(1) * BLOCK_N
+    first = tl.program_id(0) * BLOCK_N
     write_total(out, column_mask, first, width, total, ACCUMULATE, BLOCK_V, BLOCK_N)
 
 
@@ -228,7 +228,8 @@ def add_weight_gradients(
     """out (columns, width) += scale * gradients^T rows; rows: by slot, or by token with row_ids."""
     num_columns, width = out.shape
     blocks = head_tiles(rows.dtype, rows.device).weight_gradients
-    grid = (cdiv(num_columns, blocks.rows), cdiv(width, blocks.columns))
+    # All of the width at a time: gradients come from memory once, and rows stay in the cache.
+    grid = (cdiv(width, blocks.columns), cdiv(num_columns, blocks.rows))
     weight_gradients_kernel[grid](
         chunk.gradients, rows, chunk.slots, row_ids, chunk.num_rows, chunk.unit, out, num_columns,
         width, scale, chunk.gradients.stride(0), rows.stride(0), out.stride(0),
