@@ -111,7 +111,8 @@ def loss_and_gradients(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A loss that weighs every token differently, and its gradient in every parameter."""
     logps = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    loss = (torch.arange(1, len(logps) + 1).double().cos() * logps).sum()
+    weights = torch.arange(1, len(logps) + 1, device=logps.device).double().cos()
+    loss = (weights * logps).sum()
     model.zero_grad()
     loss.backward()
     used = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
