@@ -88,12 +88,23 @@ def copied(hidden: Tensor, head: LMHead, dtype: torch.dtype) -> tuple[Tensor, LM
     return parts[0], LMHead._make(parts[1:])  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-@pytest.mark.parametrize(("engine", "products"), ENGINES)
-@pytest.mark.parametrize("extras", [False, True])
+# Kernels take a second or two to compile, so these cases leave out what others prove. Heads without
+# extras have the other dtypes at real sizes in test_real_heads_on_gpu.py, attention without options
+# in test_real_attention_on_gpu.py.
+HEADS = [
+    *((dtype, *engine, True) for engine in ENGINES for dtype in (*HALF, torch.float32)),
+    (torch.bfloat16, *ENGINES[0], False),
+    (torch.float32, *ENGINES[1], False),
+    (torch.float16, *ENGINES[2], False),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "engine", "products", "extras"),
+    # Float16 gradients need the units of the gathered products.
+    [case for case in HEADS if (case[0], case[2]) != (torch.float16, "cublas")],
+)
 def test_policy_loss_against_float64(dtype, engine, products, extras):
-    if dtype == torch.float16 and products == "cublas":
-        pytest.skip("float16 gradients need the units of the gathered products")
     hidden, head, tensors = make_case(515, 5003, 200, dtype, extras=extras)
     objective = Objective(clipped_ratio, (0.2, 0.28), (Regulariser(k3, 0.04),))
     settings = {"objective": objective, "entropy_coef": 0.01}
@@ -271,9 +282,14 @@ def assert_attention_is_right(
         assert torch.equal(value, repeated)
 
 
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-@pytest.mark.parametrize("size", [64, 128, 256])
-@pytest.mark.parametrize("options", [{}, {"window": 100, "softcap": 20.0}])
+CAPPED = {"window": 100, "softcap": 20.0}
+ATTENTION = [
+    *((dtype, size, CAPPED) for dtype in (*HALF, torch.float32) for size in (64, 128, 256)),
+    *((dtype, size, {}) for dtype in (HALF[1], torch.float32) for size in (128, 256)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "size", "options"), ATTENTION)
 def test_segment_attention(dtype: torch.dtype, size: int, options: dict) -> None:
     by_kernels = functools.partial(segment_attention, implementation="triton")
     assert_attention_is_right(by_kernels, *attention_inputs(dtype, size), **options)
@@ -296,16 +312,25 @@ def test_segment_attention_by_varlen_flash_attention(
         assert_attention_is_right(by_flash, *inputs, scale=0.3, softcap=20.0)
 
 
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-@pytest.mark.parametrize("size", [64, 256])
-def test_segment_attention_by_flex_attention(dtype: torch.dtype, size: int) -> None:
+SINKS = tuple(torch.linspace(-1, 2, 6).tolist())
+FLEX_OPTIONS = ({}, {"scale": 0.3, "softcap": 20.0}, {"window": 100, "sinks": SINKS})
+# Each dtype with each size and options, and each size with each options: all 18 take minutes.
+FLEX = [
+    (dtype, (64, 256)[(i + j) % 2], options)
+    for i, dtype in enumerate((*HALF, torch.float32))
+    for j, options in enumerate(FLEX_OPTIONS)
+]
+
+
+@pytest.mark.parametrize(("dtype", "size", "options"), FLEX)
+def test_segment_attention_by_flex_attention(
+    dtype: torch.dtype, size: int, options: dict[str, Any]
+) -> None:
     torch._dynamo.reset()  # else the variants of other cases count towards the limit
     by_flex = functools.partial(segment_attention, implementation="flex")
-    inputs = attention_inputs(dtype, size)
-    sinks = torch.linspace(-1, 2, 6, device="cuda")
-    assert_attention_is_right(by_flex, *inputs)
-    assert_attention_is_right(by_flex, *inputs, scale=0.3, softcap=20.0)
-    assert_attention_is_right(by_flex, *inputs, window=100, sinks=sinks)
+    if "sinks" in options:
+        options = {**options, "sinks": torch.tensor(options["sinks"], device="cuda")}
+    assert_attention_is_right(by_flex, *attention_inputs(dtype, size), **options)
 
 
 def test_segment_attention_by_a_mask() -> None:
