@@ -39,6 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items[:] = dealt(items, LONG, num_processes)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """A dtype by its name: "bfloat16" where pytest would number it."""
+    return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Run on one thread: threads cost these small tensors minutes where the cores are shared."""

@@ -37,7 +37,7 @@ ONCE = (  # together every kernel
     "select_tokens", "adamw split weights, 8 bits",
 )  # fmt: skip
 REHEARSED = (  # some of the tests at real sizes, at tiny ones; pytest -m gpu there runs them all
-    "sizes0-dtype0-engine0 or 31_weights or million or truth_is or add_up or selection_run "
+    "sizes0-bfloat16-engine0 or 31_weights or million or truth_is or add_up or selection_run "
     "or decode_run or last_rows or over_4_bits"
 )
 RACES = """========= COMPUTE-SANITIZER
