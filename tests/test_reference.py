@@ -51,7 +51,7 @@ def move(policy: Policy, *, seed: int = 0, scale: float = 0.1) -> None:
         for parameter in policy.model.parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator) * scale
-                parameter.add_(noise.to(parameter.dtype))
+                parameter.add_(noise.to(parameter))
 
 
 def storages(model: nn.Module) -> set[int]:
