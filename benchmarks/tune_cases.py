@@ -90,10 +90,6 @@ def tasks(tiny: bool) -> list[Task]:
         Task("launch of the loss of tokens", losses, loss_cases.prepare, "fastrl token_loss",
              functools.partial(together, {f"{tokens}:BLOCK": (256, 1024, 2048, 4096, 4096),
                                           f"{tokens}:NUM_WARPS": (4, 8, 16, 16, 32)})),
-        *(Task(f"launch of AdamW{name}", AdamWCase(in_8bit, elements), optimizer_cases.prepare,
-               optimizer_cases.KERNEL, of_pairs({f"{adamw}:NUM_BLOCKS": (2, 8, 16),
-                                                 f"{adamw}:NUM_WARPS": (2, 8)}))
-          for name, in_8bit in (("", False), (" in 8 bits", True))),
         Task("units of attention's keys", AttentionCase("attention", group),
              attention_cases.prepare, ATTENTION,
              of_numbers(f"{attention}:{'INTERPRETED_UNITS' if tiny else 'UNITS_PER_PROCESSOR'}",
@@ -116,6 +112,10 @@ def tasks(tiny: bool) -> list[Task]:
                        f"{decode}:ROWS_OF_A_TILE": (4, 16)})),
         Task("rows of a forward chunk", Case("forward", head), cases.prepare, LOGPS,
              of_numbers(f"{rows}.launch:MAX_ROWS", (4096, 16384))),
+        *(Task(f"launch of AdamW{name}", AdamWCase(in_8bit, elements), optimizer_cases.prepare,
+               optimizer_cases.KERNEL, of_pairs({f"{adamw}:NUM_BLOCKS": (2, 8, 16),
+                                                 f"{adamw}:NUM_WARPS": (2, 8)}))
+          for name, in_8bit in (("", False), (" in 8 bits", True))),
         Task("blocks of a selection", SelectionCase(scores), selection_cases.prepare,
              "fastrl select_tokens",
              of_pairs({f"{selection}:{'INTERPRETED_BLOCK' if tiny else 'BLOCK'}":
