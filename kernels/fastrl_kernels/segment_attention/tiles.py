@@ -3,7 +3,7 @@
 N packed tokens, M segments, H query heads, Hkv key heads. A tile never straddles two segments, so
 what a token gets depends on its own path alone: its bits are the same in every row. The tables are
 made on the CPU, from numbers that it has, and moved to the device once for all layers of a kind:
-nobody waits for the device.
+only that copy waits for the device, and nothing is read back.
 """
 
 from typing import NamedTuple
