@@ -46,11 +46,20 @@ def _one_pass(shape: Shape, workspace: int, needs_grad: Sequence[bool]) -> int:
         return total + chunk + sums + rows * 4 * NUM_SUMS
     total += rows * 4 * NUM_SUMS * cdiv(shape.vocab_size, split_columns())
     if needs_grad[0]:
-        blocks = hidden_blocks(shape.dtype, torch.device("cuda"), shape.vocab_size)
-        num_programs = cdiv(rows, blocks.rows) * cdiv(D, blocks.columns)
-        num_splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // num_programs))
-        total += rows * D * (4 * (num_splits + (num_splits > 1)) + shape.dtype.itemsize)
+        # The last chunk has fewer rows, and may share out the vocabulary to more programs.
+        total += max(_hidden_sums(shape, rows), _hidden_sums(shape, S % max(1, rows)))
     return total
+
+
+def _hidden_sums(shape: Shape, rows: int) -> int:
+    """Hidden gradients of some rows over the splits of the vocabulary, their sum, and rounded."""
+    D, blocks = (
+        shape.hidden_size,
+        hidden_blocks(shape.dtype, torch.device("cuda"), shape.vocab_size),
+    )
+    num_programs = max(1, cdiv(rows, blocks.rows) * cdiv(D, blocks.columns))
+    num_splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // num_programs))
+    return rows * D * (4 * (num_splits + (num_splits > 1)) + shape.dtype.itemsize)
 
 
 def _backward(shape: Shape, workspace: int, needs_grad: Sequence[bool]) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,8 @@ class Run:
         sizes = (*grid, 1, 1)[:3]
         assert 0 < sizes[0] < 2**31, f"{kernel.__name__}: grid {grid}"
         assert all(0 < size < 2**16 for size in sizes[1:]), f"{kernel.__name__}: grid {grid}"
+        # Triton starts nothing, and says nothing, where the product does not fit 32 bits.
+        assert math.prod(sizes) < 2**31, f"{kernel.__name__}: grid {grid}"
         tensors = _tensors((args, tuple(kwargs.values())))
         assert self.devices == [DEVICE], f"{kernel.__name__} starts on the current device"
         numbers = {x for x in (*args, *kwargs.values()) if type(x) is int}

@@ -41,12 +41,17 @@ def forward(inputs: Inputs, *, workspace_mb: float) -> Statistics:
     row_bytes = 4 * (NUM_SUMS * num_splits + 2 * hidden.shape[1])
     size = max(1, min(MAX_ROWS, int(workspace_mb * MIB) // row_bytes, num_tokens))
     for rows in row_chunks(rows_where(inputs.target_ids >= 0), size):
-        sums = write_sums(inputs, rows, None)
-        statistics_kernel[(rows.ids.shape[0],)](
-            sums, rows.ids, rows.num_rows, *out, sums.shape[2], num_splits,
-            BLOCK_SPLITS=power_of_2(num_splits), num_warps=ROW_WARPS,
-        )  # fmt: skip
+        _write_statistics(out, inputs, rows)
     return out
+
+
+def _write_statistics(out: Statistics, inputs: Inputs, rows: Rows) -> None:
+    """Those of some rows; what is in progress is gone when it returns."""
+    sums = write_sums(inputs, rows, None)
+    statistics_kernel[(rows.ids.shape[0],)](
+        sums, rows.ids, rows.num_rows, *out, sums.shape[2], sums.shape[0],
+        BLOCK_SPLITS=power_of_2(sums.shape[0]), num_warps=ROW_WARPS,
+    )  # fmt: skip
 
 
 def dense_inputs(inputs: Inputs) -> Inputs:

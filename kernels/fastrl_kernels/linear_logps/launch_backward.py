@@ -31,10 +31,11 @@ from fastrl_kernels.launch import (
 from fastrl_kernels.linear_logps.kernel import slice_gradients_kernel
 from fastrl_kernels.linear_logps.launch import dense_inputs
 from fastrl_kernels.plan import MIB
-from fastrl_kernels.products import add_product, product
+from fastrl_kernels.products import add_product
 from fastrl_kernels.sweep import Gradients, TokenSlopes, empty_gradients, head_sums
 
 MAX_ROWS = 16384
+COPIED_ROWS = 1024  # of hidden states at a time, in float32
 
 
 def backward(
@@ -159,12 +160,22 @@ def finish_hidden(
     if adapted_sum is not None:
         adapted_grad = adapted_sum.sum(0).mul_(inputs.head.lora_scale)
         if grads.lora_a.numel():
-            hidden = inputs.hidden_states[token_ids]
-            # Rows that do not count have zero gradients but may hold NaN.
-            hidden.masked_fill_((adapted_grad == 0).all(1, keepdim=True), 0)
-            grads.lora_a.add_(product(adapted_grad.T, hidden.float()))
+            grads.lora_a.add_(_first_half(adapted_grad, inputs.hidden_states, token_ids))
     if hidden_sum is not None:
         total = hidden_sum[0] if hidden_sum.shape[0] == 1 else hidden_sum.sum(0)
         if adapted_grad is not None and lora_a is not None:
             add_product(total, adapted_grad, lora_a.float())
         grads.hidden_states.index_copy_(0, token_ids, total.to(grads.hidden_states.dtype))
+
+
+def _first_half(adapted_grad: Tensor, hidden_states: Tensor, token_ids: Tensor) -> Tensor:
+    """(r, D) adapted_grad^T hidden_states[token_ids] in float32, of which few rows are copied."""
+    size = (adapted_grad.shape[1], hidden_states.shape[1])
+    total = hidden_states.new_zeros(size, dtype=torch.float32)
+    parts = (x.split(COPIED_ROWS) for x in (adapted_grad, token_ids))
+    for gradient, ids in zip(*parts, strict=True):
+        hidden = hidden_states[ids].float()
+        # Rows that do not count have zero gradients but may hold NaN.
+        hidden.masked_fill_((gradient == 0).all(1, keepdim=True), 0)
+        add_product(total, gradient.T, hidden)
+    return total
