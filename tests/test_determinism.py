@@ -37,7 +37,8 @@ def gradients(take, num_runs=60):
 def test_gradients_of_repeated_rows_have_the_same_bits(two_threads):
     first, *others = gradients(select_rows)
     assert all(torch.equal(first, other) for other in others)
-    torch.testing.assert_close(first, gradients(lambda x, index: x[index], 1)[0])
+    other = gradients(lambda x, index: x[index], 1)[0]  # of sums in whatever order
+    torch.testing.assert_close(first, other, rtol=1e-5, atol=1e-4)
 
 
 def test_whatever_a_run_indexes_has_the_same_bits(two_threads):
