@@ -249,6 +249,18 @@ def logit_gradients_(
         probs.mul_(factor)
 
 
+def gradients_of_log_probs_(
+    log_probs: Tensor, temperatures: Tensor, slopes: Slopes, *, logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> None:  # fmt: skip
+    """The same from a slice of log-probabilities, which need no other logarithm."""
+    needs_log = slopes.entropy is not None or softcap is not None
+    kept = log_probs.clamp_min(LOWEST) if needs_log else None
+    logit_gradients_(
+        log_probs.exp_(), temperatures, slopes, kept, logit_scale=logit_scale, softcap=softcap
+    )
+
+
 def target_gradients(
     target_logits: Tensor, temperatures: Tensor, logp_slope: Tensor, *, logit_scale: float = 1.0,
     softcap: float | None = None,

@@ -53,10 +53,8 @@ def _one_pass(shape: Shape, workspace: int, needs_grad: Sequence[bool]) -> int:
 
 def _hidden_sums(shape: Shape, rows: int) -> int:
     """Hidden gradients of some rows over the splits of the vocabulary, their sum, and rounded."""
-    D, blocks = (
-        shape.hidden_size,
-        hidden_blocks(shape.dtype, torch.device("cuda"), shape.vocab_size),
-    )
+    D = shape.hidden_size
+    blocks = hidden_blocks(shape.dtype, torch.device("cuda"), shape.vocab_size)
     num_programs = max(1, cdiv(rows, blocks.rows) * cdiv(D, blocks.columns))
     num_splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // num_programs))
     return rows * D * (4 * (num_splits + (num_splits > 1)) + shape.dtype.itemsize)

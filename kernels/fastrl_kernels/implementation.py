@@ -39,6 +39,13 @@ def choose_implementation(implementation: str, tensor: Tensor) -> str:
     return "torch"
 
 
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU that is there."""
+    # torch.compile knows the properties as constants, get_device_capability it does not.
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Launches inside go to the tensor's device, whichever is current outside."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastrl_kernels import running_softmax
 from fastrl_kernels.chunks import Inputs
 from fastrl_kernels.head import LMHead, weight_rows
-from fastrl_kernels.implementation import interprets_triton
+from fastrl_kernels.implementation import capability_of, interprets_triton
 from fastrl_kernels.objectives import Objective, Parameter
 from fastrl_kernels.objectives.arguments import kernel_parameters
 from fastrl_kernels.objectives.objective import REGULARISER_INPUTS
@@ -83,9 +83,7 @@ def column_of(device: torch.device) -> str:
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return "large"
-    # torch.compile knows the properties as constants, get_device_capability it does not.
-    properties = torch.cuda.get_device_properties(device)
-    return "large" if (properties.major, properties.minor) in LARGE_CHIPS else "small"
+    return "large" if capability_of(device) in LARGE_CHIPS else "small"
 
 
 def head_tiles(dtype: torch.dtype, device: torch.device) -> HeadTiles:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels.chunks import (
-    LOWEST,
     Chunk,
     Inputs,
     Slopes,
     column_slices,
     gather,
-    logit_gradients_,
+    gradients_of_log_probs_,
     low_rank,
     split,
     target_gradients,
@@ -180,9 +179,7 @@ def _make_gradients_(
     logps = torch.where(inside, slopes.logp_values[chunk.row_ids][:, None], tile.gather(1, local))
     tile.scatter_(1, local, logps)
     constants: dict[str, Any] = {"logit_scale": head.logit_scale, "softcap": head.softcap}
-    needs_log = part.entropy is not None or head.softcap is not None
-    log_probs = tile.clamp_min(LOWEST) if needs_log else None
-    logit_gradients_(tile.exp_(), chunk.temperatures, part, log_probs, **constants)
+    gradients_of_log_probs_(tile, chunk.temperatures, part, **constants)
     at_target = target_gradients(target_logits, chunk.temperatures, part.logp, **constants)
     # One write a row; scatter_add_ would give up a fixed order of summation on a GPU.
     tile.scatter_(1, local, tile.gather(1, local) + at_target.masked_fill_(~inside, 0))

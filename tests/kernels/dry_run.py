@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,10 @@ from fastrl_kernels.selected_logps.op import (
 from fastrl_kernels.token_loss.op import token_loss_op
 from fastrl_kernels.token_selection.op import select_tokens_op
 
+MARKS = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is built"),
+]
 DEVICE = torch.device("cuda", 1)
 TARGET = GPUTarget("cuda", 90, 32)
 OPERATORS = (

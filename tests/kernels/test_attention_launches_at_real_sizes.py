@@ -9,7 +9,6 @@ groups of R rows, L prefix columns, C suffix columns.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -31,12 +30,9 @@ from fastrl_kernels.segment_attention.triton_op import (
     segment_attention_op,
 )
 from fastrl_kernels.segment_attention.workspace import NUM_PROCESSORS, bytes_inside
-from tests.kernels.dry_run import DEVICE, Run, dry_run
+from tests.kernels.dry_run import DEVICE, MARKS, Run, dry_run
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is built"),
-]
+pytestmark = MARKS
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HOPPER = SimpleNamespace(major=9, minor=0, multi_processor_count=NUM_PROCESSORS)
 Forest = tuple[list[int], list[int]]

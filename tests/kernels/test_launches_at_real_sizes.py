@@ -6,7 +6,6 @@ front end builds it, whether anything waits for the device. S tokens, D hidden, 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,12 +29,9 @@ from fastrl_kernels.head_workspace import bytes_inside
 from fastrl_kernels.nf4 import NF4Weight
 from fastrl_kernels.objectives import Objective, Regulariser, clipped_ratio, k3
 from fastrl_kernels.plan import Shape
-from tests.kernels.dry_run import DEVICE, Run, Watch, dry_run
+from tests.kernels.dry_run import DEVICE, MARKS, Run, Watch, dry_run
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is built"),
-]
+pytestmark = MARKS
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QWEN, GEMMA = (16384, 151936, 4096), (16384, 262208, 2560)  # S, V, D; S V is beyond 2^31
 SMALL = (1031, 5003, 200)

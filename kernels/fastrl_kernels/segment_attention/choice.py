@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl_kernels.implementation import interprets_triton
+from fastrl_kernels.implementation import capability_of, interprets_triton
 from fastrl_kernels.products import HALF
 from fastrl_kernels.segment_attention.flash import HAS_FLASH_ATTN
 
@@ -66,11 +66,7 @@ class Choice(NamedTuple):
 
 def machine_of(device: torch.device) -> Machine:
     """This machine, for tensors on that device."""
-    capability = None
-    if device.type == "cuda":
-        # torch.compile knows the properties as constants, get_device_capability it does not.
-        properties = torch.cuda.get_device_properties(device)
-        capability = properties.major, properties.minor
+    capability = capability_of(device) if device.type == "cuda" else None
     return Machine(device.type, capability, HAS_TRITON, HAS_FLASH_ATTN)
 
 

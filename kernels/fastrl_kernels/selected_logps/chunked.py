@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels.chunks import (
-    LOWEST,
     Slopes,
     Statistics,
     column_slices,
     empty_statistics,
-    logit_gradients_,
+    gradients_of_log_probs_,
     statistics_,
     target_gradients,
 )
@@ -54,9 +53,8 @@ def backward(
         temperature, residual = temperatures[rows][:, None], residuals[rows][:, None]
         at_target = target_gradients(probs.gather(1, target), temperature, slope)
         for columns in column_slices(probs.shape[1], COLUMNS):
-            part = probs[:, columns].sub_(slopes.lse).sub_(residual)
-            log_probs = None if entropy_slope is None else part.clamp_min(LOWEST)
-            logit_gradients_(part.exp_(), temperature, slopes, log_probs)
+            log_probs = probs[:, columns].sub_(slopes.lse).sub_(residual)
+            gradients_of_log_probs_(log_probs, temperature, slopes)
         # One write a row; scatter_add_ would give up a fixed order of summation on a GPU.
         probs.scatter_(1, target, probs.gather(1, target) + at_target)
         out[rows] = probs
